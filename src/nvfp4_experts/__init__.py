@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The expert layers of DeepSeek-V4-class mixture-of-experts models in NVFP4, for inference.
+
+    quantize            a weight (..., K)             -> Nvfp4Tensor
+    Nvfp4Tensor         codes, block scales, global scale; `.dequantize()`
+    Nvfp4SharedExpert   gate, up and down in NVFP4 as one `nn.Module`: y = expert(x)
+    load_shared_expert  one layer's shared expert out of a checkpoint on disk
+
+Each name is imported when it is first asked for, so that `import nvfp4_experts` costs nothing: no torch,
+no Triton, no transformers, no CUDA.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .checkpoints import load_shared_expert as load_shared_expert
+    from .formats.nvfp4 import Nvfp4Tensor as Nvfp4Tensor
+    from .formats.nvfp4 import quantize as quantize
+    from .layers.shared_expert import Nvfp4SharedExpert as Nvfp4SharedExpert
+
+_HOMES = {
+    "Nvfp4SharedExpert": ".layers.shared_expert",
+    "Nvfp4Tensor": ".formats.nvfp4",
+    "load_shared_expert": ".checkpoints",
+    "quantize": ".formats.nvfp4",
+}
+
+__all__ = ["Nvfp4SharedExpert", "Nvfp4Tensor", "__version__", "load_shared_expert", "quantize"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

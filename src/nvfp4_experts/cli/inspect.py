@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nvfp4-experts inspect`: what is in a checkpoint, and what is wrong with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from . import render
+from .options import AsJson, Checkpoint, Layers
+
+if TYPE_CHECKING:
+    from ..diagnostics.anomalies import Anomaly
+    from ..diagnostics.inspect import Group, InspectionReport
+
+NAME = "inspect"
+HELP = "Show what is in a checkpoint: dialect, formats, sizes, scale ranges, and every anomaly by name."
+EXAMPLE = "Example: [bold]nvfp4-experts inspect tiny-nvfp4 --strict[/]"
+
+_PLACES_SHOWN = 3
+
+
+def command(
+    checkpoint: Checkpoint,
+    layer: Layers = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit 1 for warnings too, not for errors alone.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    from ..diagnostics.inspect import inspect_checkpoint
+
+    with render.progress(as_json, in_bytes=False) as progress:
+        report = inspect_checkpoint(checkpoint, layers=layer or None, progress=progress)
+    if as_json:
+        render.print_json(report.to_dict())
+    else:
+        _print(report)
+    if report.count("error") or (strict and report.count("warning")):
+        raise typer.Exit(1)
+
+
+def _print(report: InspectionReport) -> None:
+    out = render.console()
+    if report.dialect is not None:
+        dtypes = " · ".join(f"{name} {render.size(count)}" for name, count in report.dtypes.items())
+        out.print(
+            render.facts(
+                {
+                    "checkpoint": report.path,
+                    "dialect": report.dialect,
+                    "size": f"{render.size(report.nbytes)} in {report.tensors} tensors, {report.shards} shard(s); "
+                    f"experts {render.size(report.expert_bytes)}",
+                    "dtypes": dtypes,
+                    "swiglu limit": "off" if report.swiglu_limit is None else f"{report.swiglu_limit:g}",
+                }
+            )
+        )
+        _print_groups(out, report.groups)
+    _print_anomalies(out, report.anomalies)
+
+
+def _print_groups(out: Console, groups: list[Group]) -> None:
+    table = render.table(
+        "",
+        ("layer", "experts", "format", "shapes", "block scales", "global scale"),
+        ("bytes", "bits/weight", "input scales"),
+    )
+    for group in groups:
+        name = group.kind if group.kind == "shared" else f"{group.experts} routed"
+        if len(group.projections) < 3:
+            name += f" ({', '.join(group.projections)})"
+        modules = group.experts * len(group.projections)
+        table.add_row(
+            str(group.layer),
+            name,
+            group.format,
+            ", ".join(f"{rows}x{columns}" for rows, columns in group.shapes),
+            render.span(group.scale_min, group.scale_max),
+            render.span(group.global_scale_min, group.global_scale_max),
+            render.size(group.nbytes),
+            f"{group.bits_per_weight:.3g}",
+            f"{group.input_scales} of {modules}" if group.format == "nvfp4" else "–",
+        )
+    out.print(table)
+
+
+def _print_anomalies(out: Console, anomalies: list[Anomaly]) -> None:
+    if not anomalies:
+        out.print("[green]no anomalies[/]")
+        return
+    together: dict[str, list[Anomaly]] = {}
+    for anomaly in anomalies:
+        together.setdefault(anomaly.name, []).append(anomaly)
+    for name, found in together.items():
+        style = render.SEVERITY_STYLE[found[0].severity]
+        out.print(f"[{style}]{found[0].severity}[/] [bold]{name}[/] ×{len(found)}")
+        for anomaly in found[:_PLACES_SHOWN]:
+            out.print(f"    {anomaly.where}: {anomaly.message}", markup=False)
+        if len(found) > _PLACES_SHOWN:
+            out.print(f"    … and {len(found) - _PLACES_SHOWN} more; --json lists all")
+        out.print(f"    way out: {found[0].way_out}", markup=False, style="dim")

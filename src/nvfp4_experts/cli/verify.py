@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nvfp4-experts verify`: how far a checkpoint is from the one it was made from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from . import render
+from .files import check_output, whole_file
+from .options import AsJson, Backend, Checkpoint, Device, Experts, Force, Layers, Recipe
+
+if TYPE_CHECKING:
+    from ..diagnostics.verify import ExpertVerification, OutputError, VerificationReport
+
+NAME = "verify"
+HELP = "Compare a checkpoint with its original: weights, outputs in each activation format, and bits where promised."
+EXAMPLE = "Example: [bold]nvfp4-experts verify tiny-nvfp4 --against tiny-bf16 --picture verify.png[/]"
+
+
+def command(
+    checkpoint: Checkpoint,
+    against: Annotated[
+        str, typer.Option(metavar="ORIGINAL", help="What CKPT was made from: directory or Hub id.", show_default=False)
+    ],
+    layer: Layers = None,
+    experts: Annotated[Experts, typer.Option(help="Which experts to compare.")] = "shared",
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="At most so many routed experts per layer.", show_default="all")
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option(help="Hidden states (…, H): a safetensors file.", show_default="synthetic")
+    ] = None,
+    tensor: Annotated[
+        str | None, typer.Option(help="Which tensor of the --input file, where it holds several.", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Without --input: so many rows of N(0, 1).")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of the synthetic rows.")] = 0,
+    recipe: Annotated[
+        Recipe | None,
+        typer.Option(help="Demand the very bits that this recipe makes of ORIGINAL.", show_default="none demanded"),
+    ] = None,
+    max_error: Annotated[
+        float,
+        typer.Option(min=0.0, help="Largest rel-L2 of an expert's bf16-activation output against ORIGINAL's weights."),
+    ] = 0.25,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the report as JSON to this file.", show_default=False)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw the report into this file: .png, .svg or .pdf.", show_default=False)
+    ] = None,
+    device: Device = "cpu",
+    backend: Backend = "auto",
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    for path in (report, picture):
+        check_output(path, force)
+
+    from ..diagnostics.hidden_states import load_hidden_states
+    from ..diagnostics.picture import check_plotting, draw
+    from ..diagnostics.verify import verify_checkpoint
+
+    if picture is not None:
+        check_plotting()
+    with render.progress(as_json, in_bytes=False) as progress:
+        found = verify_checkpoint(
+            checkpoint,
+            against,
+            layers=layer or None,
+            experts=experts,
+            sample=sample,
+            hidden_states=load_hidden_states(input, tensor) if input else None,
+            tokens=tokens,
+            seed=seed,
+            recipe=recipe,
+            max_error=max_error,
+            device=device,
+            backend=backend,
+            progress=progress,
+        )
+    if input is not None:
+        found = replace(found, hidden_states=str(input))
+    if report is not None:
+        with whole_file(report) as partial:
+            partial.write_text(render.json_text(found.to_dict()) + "\n")
+    if picture is not None:
+        with whole_file(picture) as partial:
+            draw(found, partial)
+    if as_json:
+        render.print_json(found.to_dict())
+    else:
+        _print(found)
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def _print(report: VerificationReport) -> None:
+    out = render.console()
+    out.print(
+        render.facts(
+            {
+                "checkpoint": report.checkpoint,
+                "original": report.original,
+                "hidden states": f"{report.tokens} tokens ({report.hidden_states})",
+            }
+        )
+    )
+    _print_weights(out, report.experts)
+    _print_outputs(out, report)
+    _print_verdict(out, report)
+
+
+def _print_weights(out: Console, experts: list[ExpertVerification]) -> None:
+    table = render.table("weights", ("expert", "projection", "format", "bits"), ("rel-L2", "max", "SQNR dB"))
+    for expert in experts:
+        promises = {check.projection: check for check in expert.bits}
+        for i, weight in enumerate(expert.weights):
+            promise = promises.get(weight.projection)
+            verdict = "–" if promise is None else promise.promise
+            if promise and promise.mismatch:
+                verdict = f"[red]not {verdict}[/]"
+            elif promise:
+                verdict = f"[green]{verdict}[/]"
+            table.add_row(
+                "" if i else expert.name,
+                weight.projection,
+                weight.format
+                if weight.format == weight.original_format
+                else f"{weight.original_format} → {weight.format}",
+                verdict,
+                render.number(weight.error.rel_l2),
+                render.number(weight.error.max_error),
+                render.number(weight.error.sqnr_db),
+            )
+    out.print(table)
+
+
+def _print_outputs(out: Console, report: VerificationReport) -> None:
+    """rel-L2 of the outputs: experts down, activation formats across."""
+    labels = list(dict.fromkeys(output.label for expert in report.experts for output in expert.outputs))
+    lost = render.table("outputs against the original weights, rel-L2", ("expert",), ("exact math", *labels))
+    cost = render.table("outputs against the same weights in exact math, rel-L2", ("expert",), labels)
+    for expert in report.experts:
+        found = {output.label: output for output in expert.outputs}
+        past = not expert.bound_figure.within(report.max_error)
+        lost.add_row(
+            expert.name,
+            render.number(expert.exact.rel_l2),
+            *(_cell(found.get(label), "against_original", past and label == "bf16") for label in labels),
+        )
+        cost.add_row(expert.name, *(_cell(found.get(label), "against_own_weights", False) for label in labels))
+    out.print(lost)
+    if labels:
+        out.print(cost)
+
+
+def _cell(output: OutputError | None, side: str, past: bool) -> str:
+    text = "–" if output is None else render.number(getattr(output, side).rel_l2)
+    return f"[bold red]{text}[/]" if past else text
+
+
+def _print_verdict(out: Console, report: VerificationReport) -> None:
+    for expert in report.experts:
+        for check in expert.broken_promises:
+            out.print(f"{expert.name} {check.projection}, {check.promise}: {check.mismatch}", style="red", markup=False)
+        for hint in expert.hints:
+            out.print(f"{expert.name}: {hint}", style="yellow", markup=False)
+    if report.passed:
+        out.print(f"[bold green]passed[/]: every expert within {report.max_error:g}")
+        return
+    out.print(
+        f"[bold red]failed[/]: {len(report.offenders)} of {len(report.experts)} experts past {report.max_error:g}:"
+    )
+    for expert in report.offenders:
+        out.print(f"    {expert.name}: {render.number(expert.bound_figure.rel_l2)}")

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden states to try a layer on: read from a safetensors file, or drawn from a seeded Gaussian.
+
+    synthetic: x ~ N(0, 1), (tokens, H), the scale a layer sees behind an RMS norm of unit weight
+
+Gaussian rows have no outlier channels, so activation errors on them are what the format costs at best; give
+recorded hidden states where the true figure matters.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import InputError
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def synthetic_hidden_states(tokens: int, hidden: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Draw (tokens, hidden) values of N(0, 1) on the CPU; the same seed gives the same values everywhere.
+
+    Raises:
+        InputError: a negative count of tokens.
+    """
+    if tokens < 0:
+        raise InputError("tokens", "must be 0 or more", tokens, "give the number of rows to draw")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tokens, hidden, generator=generator).to(dtype)
+
+
+def load_hidden_states(path: str | Path, tensor: str | None = None) -> Tensor:
+    """Read hidden states (..., H), bf16, fp16 or fp32, from a safetensors file.
+
+    Args:
+        path: the file.
+        tensor: name of the tensor; None where the file holds exactly one.
+
+    Raises:
+        InputError: no such file, not a safetensors file, no or more than one candidate, or a dtype that is no
+            hidden state.
+    """
+    if not Path(path).is_file():
+        raise InputError(str(path), "must be a safetensors file", "no such file", "check the path")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = sorted(file.keys())
+            if tensor is None and len(names) != 1:
+                raise InputError(
+                    str(path), "must hold exactly one tensor", f"{len(names)}: {names[:5]}", "name one with --tensor"
+                )
+            if tensor is not None and tensor not in names:
+                raise InputError(str(path), f"must hold a tensor {tensor!r}", names[:5], "name one of those")
+            x: Tensor = file.get_tensor(tensor or names[0])
+    except SafetensorError as error:
+        raise InputError(str(path), "must be a safetensors file", str(error), "write it with safetensors") from error
+    if x.dtype not in _DTYPES or x.ndim == 0:
+        got = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise InputError(str(path), "must hold bf16, fp16 or fp32 of shape (..., H)", got, "cast before saving")
+    return x

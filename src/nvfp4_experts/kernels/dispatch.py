@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a shared expert, and why not the others.
+
+A backend is one module with a `BACKEND` object. It refuses a problem with a reason or takes it; it packs weights into
+the form its kernel reads and can unpack them again; and it computes. A new backend is a new row in `_MODULES`: the
+contract tests, `nvfp4-experts run --backend` and the error messages find it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..formats.nvfp4 import Nvfp4Tensor
+from .target import Target
+
+ACTIVATIONS = ("nvfp4", "fp8", "bf16")
+ACTIVATION_SCALES = ("static", "dynamic", "per_token")
+
+# Preference order of "auto": the first that does not refuse. Modules load on first use.
+_MODULES = {"torch": "torch_backend"}
+BACKENDS = tuple(_MODULES)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend must know to say yes or no: the layer's shape, its activation format and the machine."""
+
+    hidden: int
+    intermediate: int
+    activations: str
+    target: Target
+
+
+@dataclass(frozen=True)
+class Call:
+    """The options of one forward call that are not tensors' shapes.
+
+    Args:
+        swiglu_limit: L of the clamp; 0 is off.
+        activations: one of ACTIVATIONS.
+        activation_scale: one of ACTIVATION_SCALES; used by "nvfp4" alone.
+        input_scale, hidden_scale: () fp32 decode-direction scales on the device of x, for "static"; else None.
+    """
+
+    swiglu_limit: float
+    activations: str
+    activation_scale: str
+    input_scale: Tensor | None = None
+    hidden_scale: Tensor | None = None
+
+
+class Backend(Protocol):
+    """What a backend module's `BACKEND` provides; `reference.py` says what `shared_expert` computes."""
+
+    name: str
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why this backend cannot run the problem, as a clause; None if it can."""
+
+    def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
+        """Weights in the form the kernel reads, by name; order is the order `shared_expert` takes them in."""
+
+    def unpack(self, weights: dict[str, Tensor]) -> tuple[Nvfp4Tensor, Nvfp4Tensor, Nvfp4Tensor]:
+        """gate, up, down from what `pack` made, byte for byte."""
+
+    def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
+        """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H) of the same dtype."""
+
+
+@functools.cache
+def get_backend(name: str) -> Backend:
+    """The backend of that name, imported on first use."""
+    if name not in _MODULES:
+        raise UnsupportedError("backend", f"must be one of {('auto', *BACKENDS)}", repr(name), "use 'auto'")
+    return importlib.import_module(f".{_MODULES[name]}", __package__).BACKEND
+
+
+def choose_backend(name: str, problem: Problem) -> Backend:
+    """The backend to use for a problem.
+
+    Args:
+        name: a name from BACKENDS, or "auto" for the first that does not refuse.
+        problem: the layer and the machine.
+
+    Raises:
+        UnsupportedError: the named backend refuses (nothing else is tried), or every backend does; the message carries
+            every backend's reason.
+    """
+    wanted = BACKENDS if name == "auto" else (name,)
+    for candidate in wanted:
+        backend = get_backend(candidate)
+        if backend.refusal(problem) is None:
+            return backend
+    reasons = "; ".join(f"{other}: {get_backend(other).refusal(problem) or 'can run this'}" for other in BACKENDS)
+    raise UnsupportedError(
+        f"backend {name!r}", f"must be able to run {problem}", reasons, "use 'auto' or change the layer"
+    )

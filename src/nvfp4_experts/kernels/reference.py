@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of every op, in plain fp32 torch: what a backend must compute, with no thought for speed.
+
+    gate, up = enter(x) @ W1.T, enter(x) @ W3.T                    fp32 out of the sum
+    h        = silu(min(gate, L)) * clamp(up, -L, L)               fp32; L = 0 is off
+    y        = enter(h) @ W2.T                                     fp32, cast once to the dtype of x
+
+`enter` is the activation format: it turns a row into values that bf16 holds exactly and one fp32 scale, and the
+scales (activation's and weight's) multiply the fp32 sum, never the operands:
+
+    y[t, n] = (sum_k a[t, k] * v[n, k]) * (activation_scale[t] * weight_scale[n])
+
+| activations | a                                   | v                                  | weight_scale          |
+|-------------|-------------------------------------|------------------------------------|-----------------------|
+| "bf16"      | bf16(x)                             | e2m1 * block scale (exact)         | global scale          |
+| "nvfp4"     | e2m1 * block scale of x (exact)     | e2m1 * block scale (exact)         | global scale          |
+| "fp8"       | e4m3 of x, one scale per token      | e4m3 of (e2m1 * block scale),      | row scale * global    |
+|             |                                     | one scale per output row           |                       |
+
+Backends may differ from this file in the order of the sum over k and in nothing else. No kernel calls this file and
+it calls no kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..formats.activations import quantize_activation, quantize_fp8_rows
+from ..formats.codes import decode_blocks
+from ..formats.nvfp4 import Nvfp4Tensor
+
+
+def enter(x: Tensor, activations: str, activation_scale: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Bring (T, K) into an activation format.
+
+    Args:
+        x: (T, K) bf16, fp16 or fp32.
+        activations: "bf16", "nvfp4" or "fp8".
+        activation_scale: "static", "dynamic" or "per_token"; used by "nvfp4" alone.
+        scale: () fp32, decode direction, for "static"; else None.
+
+    Returns:
+        values (T, K) fp32, each exactly representable in bf16, and their scale, () or (T, 1) fp32.
+    """
+    if activations == "bf16":
+        return x.to(torch.bfloat16).float(), torch.ones((), device=x.device)
+    if activations == "fp8":
+        values, row_scale = quantize_fp8_rows(x)
+        return values.float(), row_scale
+    q = quantize_activation(x, activation_scale, scale if activation_scale == "static" else None)
+    return decode_blocks(q.codes, q.block_scales, torch.float32), q.global_scale
+
+
+def weight(w: Nvfp4Tensor, activations: str) -> tuple[Tensor, Tensor]:
+    """Values (N, K) fp32 of a weight, exact in bf16, and their scale, () or (N,) fp32, as the table above says."""
+    values = decode_blocks(w.codes, w.block_scales, torch.float32)
+    if activations != "fp8":
+        return values, w.global_scale
+    rounded, row_scale = quantize_fp8_rows(values)
+    return rounded.float(), row_scale[:, 0] * w.global_scale
+
+
+def linear(values: Tensor, scale: Tensor, w: Nvfp4Tensor, activations: str) -> Tensor:
+    """(T, K) entered values times an NVFP4 weight (N, K): (T, N) fp32, scales applied to the sum."""
+    weight_values, weight_scale = weight(w, activations)
+    return (values @ weight_values.T) * (scale * weight_scale)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+    """silu(min(gate, L)) * clamp(up, -L, L) in fp32; L = 0 turns the clamp off. NaN passes through."""
+    if limit > 0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(gate) * up
+
+
+def shared_expert(
+    x: Tensor,
+    gate: Nvfp4Tensor,
+    up: Nvfp4Tensor,
+    down: Nvfp4Tensor,
+    *,
+    swiglu_limit: float,
+    activations: str,
+    activation_scale: str = "dynamic",
+    input_scale: Tensor | None = None,
+    hidden_scale: Tensor | None = None,
+) -> Tensor:
+    """One shared expert as the module docstring defines it.
+
+    Args:
+        x: (T, H) bf16, fp16 or fp32.
+        gate, up: (I, H) NVFP4; their global scales may differ.
+        down: (H, I) NVFP4.
+        swiglu_limit: L of the clamp; 0 is off.
+        activations, activation_scale: see `enter`.
+        input_scale, hidden_scale: () fp32 decode-direction scales of x and of h, for "static".
+
+    Returns:
+        (T, H) in the dtype of x.
+    """
+    values, scale = enter(x, activations, activation_scale, input_scale)
+    h = swiglu(linear(values, scale, gate, activations), linear(values, scale, up, activations), swiglu_limit)
+    values, scale = enter(h, activations, activation_scale, hidden_scale)
+    return linear(values, scale, down, activations).to(x.dtype)

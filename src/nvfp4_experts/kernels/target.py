@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What machine this is: the only file that asks.
+
+Predicates name the feature a kernel needs, never the chip, so that dispatch reads as a list of needs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """One device as the kernels see it.
+
+    Args:
+        device_type: "cpu", "cuda", or whatever torch calls it.
+        name: what a person would call it.
+        capability: CUDA compute capability (major, minor); None elsewhere.
+    """
+
+    device_type: str
+    name: str
+    capability: tuple[int, int] | None = None
+
+    @property
+    def has_native_fp4(self) -> bool:
+        """Tensor cores multiply NVFP4 by NVFP4 (compute capability 10.x and 12.x)."""
+        return self.capability is not None and self.capability[0] in (10, 12)
+
+    @property
+    def has_bf16_matmul_with_fp32_result(self) -> bool:
+        """torch.mm takes bf16 operands and returns the fp32 sum unrounded."""
+        return self.capability is not None and self.capability >= (8, 0)
+
+
+def target_of(device: torch.device | str) -> Target:
+    """Describe a device; cached, so that asking on every call costs a dictionary look-up."""
+    device = torch.device(device)
+    return _target(device.type, device.index)
+
+
+@functools.cache
+def _target(device_type: str, index: int | None) -> Target:
+    if device_type != "cuda":
+        return Target(device_type, device_type)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+    return Target("cuda", properties.name, (properties.major, properties.minor))

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On a GPU: every backend against the reference, no hidden synchronisation, graph capture and replay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
+from nvfp4_experts.kernels import reference
+from nvfp4_experts.kernels.dispatch import ACTIVATIONS, BACKENDS, Problem, get_backend
+from nvfp4_experts.kernels.target import target_of
+from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
+from tests.tolerances import AGAINST_REFERENCE
+
+pytestmark = pytest.mark.gpu
+
+MODES = [("bf16", "dynamic"), ("fp8", "dynamic"), ("nvfp4", "static"), ("nvfp4", "dynamic"), ("nvfp4", "per_token")]
+SHAPES = [(256, 256), (144, 80), (5120, 288), (4096, 2048)]
+
+
+def make(shape: tuple[int, int], mode: tuple[str, str], backend: str) -> Nvfp4SharedExpert:
+    hidden, intermediate = shape
+    weights = (
+        torch.randn(s) * s[1] ** -0.5 for s in ((intermediate, hidden), (intermediate, hidden), (hidden, intermediate))
+    )
+    gate, up, down = (quantize(w).to("cuda") for w in weights)
+    scales = {"input_scale": 5 / 2688, "hidden_scale": 8 / 2688}
+    return Nvfp4SharedExpert(
+        gate, up, down, activations=mode[0], activation_scale=mode[1], backend=backend, max_tokens=512, **scales
+    )
+
+
+def want(expert: Nvfp4SharedExpert, x: Tensor) -> Tensor:
+    """The reference in fp32 on the CPU: no TF32, no other matmul than the definition's."""
+    weights = (
+        Nvfp4Tensor(w.codes, w.block_scales, w.global_scale).to("cpu") for w in (expert.gate, expert.up, expert.down)
+    )
+    return reference.shared_expert(
+        x.cpu(),
+        *weights,
+        swiglu_limit=10.0,
+        activations=expert.activations,
+        activation_scale=expert.activation_scale,
+        input_scale=torch.tensor(expert.input_scale),
+        hidden_scale=torch.tensor(expert.hidden_scale),
+    )
+
+
+def runs_here(backend: str, shape: tuple[int, int], activations: str) -> bool:
+    return get_backend(backend).refusal(Problem(*shape, activations, target_of("cuda"))) is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(shape: tuple[int, int], mode: tuple[str, str], backend: str) -> None:
+    if not runs_here(backend, shape, mode[0]):
+        pytest.skip(f"{backend} refuses {shape} with {mode[0]} on this GPU")
+    expert = make(shape, mode, backend)
+    for tokens in (1, 7, 129):
+        x = torch.randn(tokens, shape[0])
+        got, expected = expert(x.cuda()).cpu().double(), want(expert, x).double()
+        assert (got - expected).norm() <= AGAINST_REFERENCE["shared_expert", mode[0]] * expected.norm(), tokens
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_forward_never_synchronises(mode: tuple[str, str]) -> None:
+    expert, x = make((256, 256), mode, "auto"), torch.randn(9, 256, device="cuda", dtype=torch.bfloat16)
+    expert(x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expert(x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_capture_once_replay_for_any_content(mode: tuple[str, str]) -> None:
+    expert, x = make((256, 256), mode, "auto"), torch.randn(9, 256, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty_like(x)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            expert(x, out=out)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        expert(x, out=out)
+    for seed in range(3):
+        x.copy_(torch.randn(9, 256, generator=torch.Generator().manual_seed(seed)) * 10**seed)
+        graph.replay()
+        replayed = out.clone()
+        assert torch.equal(replayed, expert(x))
+
+
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+def test_no_decoded_copy_of_the_weights_is_kept(activations: str) -> None:
+    """Peak memory of a call stays far below a decoded bf16 copy; resident memory is the packed weights."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    expert = make((4096, 2048), (activations, "dynamic"), "auto")
+    values = 3 * 4096 * 2048
+    assert torch.cuda.memory_allocated() - before <= 0.5625 * 1.02 * values
+    x = torch.randn(1, 4096, device="cuda", dtype=torch.bfloat16)
+    expert(x)
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+    expert(x)
+    assert torch.cuda.max_memory_allocated() - resident < values  # half of a bf16 copy
+
+
+def test_moving_between_devices_keeps_every_byte() -> None:
+    expert = make((144, 80), ("bf16", "dynamic"), "auto")
+    before = expert.gate.to("cpu")
+    after = expert.cpu().cuda().gate.to("cpu")
+    assert torch.equal(before.codes, after.codes) and torch.equal(before.global_scale, after.global_scale)
+    assert expert(torch.ones(2, 144, device="cuda")).device.type == "cuda"

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs tests against another copy of the package, in a process forked from one that has torch loaded already."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_SECONDS = 300
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["hypothesis", "pytest", "torch", "torch._inductor.config"])
+
+
+def run_tests(source: Path, *node_ids: str) -> tuple[int, str]:
+    """Run tests of the working tree with the package in `source`: pytest's exit code, and what it printed."""
+    log = source / "log"
+    process = _processes.Process(target=_child, args=(source, log, node_ids))
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    process.kill()
+    process.join()
+    return process.exitcode or 0, log.read_text(encoding="utf-8")
+
+
+def _child(source: Path, log: Path, node_ids: tuple[str, ...]) -> None:
+    with open(log, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[name]
+    os.chdir(ROOT)
+    sys.dont_write_bytecode = True
+    assert "nvfp4_experts" not in sys.modules
+    options = ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-o", f"pythonpath={source} {ROOT}"]
+    sys.exit(pytest.main([*options, *node_ids]))

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every numeric bound of the test suite, with the sentence that derives it; never loosened to make a run pass.
+
+All are relative L2: |got - want| / |want|.
+"""
+
+# (op, activations) -> backend against kernels/reference.py, fp32 in and out. Operands and products are the same in
+# both; only the order of the fp32 sums differs, by about sqrt(K) * 2^-24 of the sum: 1e-6 for the K of the tests. That
+# moves a value of h across a rounding boundary once in (spacing / 1e-6) values, and then by one spacing:
+# error = spacing * sqrt(1e-6 / spacing) = sqrt(spacing * 1e-6). Each bound is about four times that.
+AGAINST_REFERENCE = {
+    # bf16 values are 2^-7.5 of themselves apart on the mean: 7e-5.
+    ("shared_expert", "bf16"): 2.0**-12,
+    # e4m3: 2^-3.5 apart: 3e-4.
+    ("shared_expert", "fp8"): 2.0**-10,
+    # e2m1: 2^-1.5 apart, and a block scale that flips moves 16 values: 6e-4, a few times.
+    ("shared_expert", "nvfp4"): 2.0**-8,
+}
+
+# activations -> the layer against exact (fp64) math on the same NVFP4 weights, Gaussian fp32 data, per_token scales:
+# the error e of rounding one operand, met by x on the way to gate and to up and once more by h: e * sqrt(3).
+AGAINST_EXACT_MATH = {
+    # bf16: spacing 2^-7 over sqrt(12), over a mantissa of 1.4 on the mean: e = 0.0016.
+    "bf16": 0.0030,
+    # e4m3: 2^-3 over sqrt(12) over 1.4: e = 0.026, and the weights are rounded too: e * sqrt(6).
+    "fp8": 0.075,
+    # NVFP4 of Gaussian data: e = 0.095 (see below).
+    "nvfp4": 0.19,
+}
+
+# Quantising Gaussian weights to NVFP4, any recipe: 0.0949 in 25 million values; blocks of 16 vary little.
+NVFP4_OF_GAUSSIAN = 0.098
