@@ -12,6 +12,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade-strategy only-if-needed
@@ -23,7 +24,7 @@ help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed-demo  ## quantise the embedded checkpoint, run it in transformers, show loss, sizes and errors
-	@$(BIN)/python -m examples.demo
+	@$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## all tests that need no GPU
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)

@@ -156,8 +156,9 @@ def test_importing_loads_nothing_heavy(what: str) -> None:
     assert not cuda
 
 
-def test_importing_the_package_alone_does_not_load_torch() -> None:
-    program = "import sys, nvfp4_experts; sys.exit('torch' in sys.modules)"
+@pytest.mark.parametrize("module", ["nvfp4_experts", "nvfp4_experts.cli"])
+def test_importing_does_not_load_torch(module: str) -> None:
+    program = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, env=ENVIRONMENT)
 
 
@@ -273,10 +274,18 @@ def test_files_named_in_pages_exist(path: Path) -> None:
         assert (ROOT / name).exists(), f"{name_of(path)} names {name}"
 
 
+@every(PAGES)
+def test_tests_named_in_pages_exist(path: Path) -> None:
+    code = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`((?:test_|Test)\w+)`", path.read_text(encoding="utf-8")):
+        assert re.search(rf"^ *(?:def|class) {name}\b", code, flags=re.M), f"{name_of(path)} names {name}"
+
+
 def test_make_commands_named_in_pages_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    named = {page: set(re.findall(r"\bmake ([a-z][a-z-]+)`", page.read_text(encoding="utf-8"))) for page in PAGES}
-    assert {"demo", "test", "check"} <= named[ROOT / "README.md"]
+    command = re.compile(r"(?:`|^ *(?:\$ )?|&& )make ([a-z][a-z-]+)", flags=re.M)
+    named = {page: set(command.findall(page.read_text(encoding="utf-8"))) for page in PAGES}
+    assert {"demo", "test"} <= named[ROOT / "README.md"]
     assert not set().union(*named.values()) - targets
 
 

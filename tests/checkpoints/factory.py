@@ -113,7 +113,8 @@ MAKERS: dict[str, Maker] = {
     "compressed-tensors": compressed_tensors(),
 }
 FORMATS = {
-    "bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "mxfp4": "mxfp4", "modelopt": "nvfp4", "compressed-tensors": "nvfp4",
+    "bf16": "bf16", "fp16": "fp16", "fp32": "fp32", "mxfp4": "mxfp4",
+    "modelopt": "nvfp4", "compressed-tensors": "nvfp4",
 }  # fmt: skip
 
 
@@ -122,7 +123,12 @@ def expert_name(naming: str, layer: int, index: int | None) -> str:
 
 
 def expert(
-    maker: Maker | dict[str, Maker], prefix: str, naming: str = "official", hidden: int = 160, inner: int = 96, seed: int = 0
+    maker: Maker | dict[str, Maker],
+    prefix: str,
+    naming: str = "official",
+    hidden: int = 160,
+    inner: int = 96,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(tensors by full name, decoded values by projection) of one expert."""
     g = torch.Generator().manual_seed(seed)
@@ -138,7 +144,10 @@ def expert(
 def rest(layers: int = 2, hidden: int = 160, naming: str = "official") -> dict[str, Tensor]:
     """The tensors of a model that no conversion touches: odd sizes and dtypes among them."""
     g = torch.Generator().manual_seed(99)
-    found = {"embed.weight": torch.randn(7, hidden, generator=g).bfloat16(), "head.weight": torch.randn(7, hidden).half()}
+    found = {
+        "embed.weight": torch.randn(7, hidden, generator=g).bfloat16(),
+        "head.weight": torch.randn(7, hidden).half(),
+    }
     for layer in range(layers):
         prefix = PREFIX[naming].format(layer)
         found[f"{prefix}.gate.weight"] = torch.randn(3, hidden, generator=g).bfloat16()
@@ -176,7 +185,11 @@ def write(
 
 
 def model(
-    shared: Maker | dict[str, Maker], routed: Maker | None = None, naming: str = "official", layers: int = 2, **sizes: int
+    shared: Maker | dict[str, Maker],
+    routed: Maker | None = None,
+    naming: str = "official",
+    layers: int = 2,
+    **sizes: int,
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """(all tensors of a model, {expert prefix: {projection: values}}): a shared and two routed experts per layer."""
     tensors, values = rest(layers, sizes.get("hidden", 160), naming), {}

@@ -39,7 +39,10 @@ FILES: dict[str, tuple[type[CheckpointError], bytes]] = {
     "seven bytes": (errors.TruncatedFileError, b"\0" * 7),
     "header cut": (errors.TruncatedFileError, raw(ONE)[:-5]),
     "data cut": (errors.TruncatedFileError, raw(ONE, b"123")),
-    "offsets beyond the file": (errors.TruncatedFileError, raw({"a": entry(shape=[1 << 40], offsets=[0, 1 << 40])}, b"1234")),
+    "offsets beyond the file": (
+        errors.TruncatedFileError,
+        raw({"a": entry(shape=[1 << 40], offsets=[0, 1 << 40])}, b"1234"),
+    ),
     "huge header length": (errors.HeaderTooLargeError, raw(ONE, length=1 << 62)),
     "header length of all ones": (errors.HeaderTooLargeError, b"\xff" * 64),
     "header length just too large": (errors.HeaderTooLargeError, raw(ONE, length=MAX_HEADER_BYTES + 1)),
@@ -57,7 +60,10 @@ FILES: dict[str, tuple[type[CheckpointError], bytes]] = {
     "negative offsets": (errors.InvalidHeaderError, raw({"a": entry(offsets=[-4, 0])}, b"1234")),
     "three offsets": (errors.InvalidHeaderError, raw({"a": entry(offsets=[0, 4, 4])}, b"1234")),
     "metadata of numbers": (errors.InvalidHeaderError, raw({"__metadata__": {"n": 1}})),
-    "a name twice": (errors.DuplicateTensorError, raw(f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}', b"1234")),
+    "a name twice": (
+        errors.DuplicateTensorError,
+        raw(f'{{"a": {json.dumps(entry())}, "a": {json.dumps(entry())}}}', b"1234"),
+    ),
     "unknown dtype": (errors.UnknownDtypeError, raw({"a": entry(dtype="F5")}, b"1234")),
     "size is not shape times dtype": (errors.TensorSizeError, raw({"a": entry(shape=[5])}, b"1234")),
     "offsets reversed": (errors.TensorSizeError, raw({"a": entry(offsets=[4, 0])}, b"1234")),
@@ -171,17 +177,21 @@ DIRECTORIES: dict[str, tuple[type[CheckpointError], Callable[[Path], object]]] =
     "index with a NUL": (errors.UnsafePathError, point_to("a\0b")),
     "shard is a link out": (errors.UnsafePathError, link_out),
     "config is a link out": (
-        errors.UnsafePathError, lambda path: ((path / "config.json").unlink(), (path / "config.json").symlink_to("/etc/hosts")),
+        errors.UnsafePathError,
+        lambda path: ((path / "config.json").unlink(), (path / "config.json").symlink_to("/etc/hosts")),
     ),
     "index is no JSON": (errors.InvalidIndexError, write_text(INDEX, "{")),
     "index without a map": (errors.InvalidIndexError, write_text(INDEX, "{}")),
     "index with an empty map": (errors.InvalidIndexError, write_text(INDEX, '{"weight_map": {}}')),
     "index maps to numbers": (errors.InvalidIndexError, write_text(INDEX, '{"weight_map": {"a": 1}}')),
-    "index names a tensor twice": (errors.DuplicateTensorError, write_text(INDEX, '{"weight_map": {"a": "b", "a": "c"}}')),
+    "index names a tensor twice": (
+        errors.DuplicateTensorError, write_text(INDEX, '{"weight_map": {"a": "b", "a": "c"}}'),
+    ),
     "shard is gone": (errors.MissingShardError, lambda path: (path / FIRST).unlink()),
     "shard lacks a tensor of the index": (errors.IndexMismatchError, drop_from_shard),
     "index lacks a tensor": (
-        errors.IndexMismatchError, lambda path: edit_json(path / INDEX, lambda index: index["weight_map"].pop("scalar")),
+        errors.IndexMismatchError,
+        lambda path: edit_json(path / INDEX, lambda index: index["weight_map"].pop("scalar")),
     ),
     "a tensor in two shards": (errors.DuplicateTensorError, twice),
     "index and single file": (
@@ -214,7 +224,7 @@ def test_a_huge_config_is_not_read(tmp_path: Path) -> None:
 
 def test_a_text_file_is_not_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(errors.NotACheckpointError, match="must be a directory or a .safetensors file"):
+    with pytest.raises(errors.NotACheckpointError, match=r"must be a directory or a \.safetensors file"):
         open_checkpoint(tmp_path / "notes.txt")
 
 
@@ -267,7 +277,11 @@ def exchanged(first: str, second: str) -> Callable[[Tensors], None]:
     def exchange(tensors: Tensors) -> None:
         prefix = GATE.rpartition(".")[0]
         pair = {first: second, second: first}
-        taken = {name: tensors.pop(name) for name in list(tensors) if name.startswith((f"{prefix}.{first}", f"{prefix}.{second}"))}
+        taken = {
+            name: tensors.pop(name)
+            for name in list(tensors)
+            if name.startswith((f"{prefix}.{first}", f"{prefix}.{second}"))
+        }
         for name, t in taken.items():
             word = name[len(prefix) + 1 :].partition(".")[0]
             tensors[name.replace(f"{prefix}.{word}.", f"{prefix}.{pair[word]}.")] = t
@@ -289,7 +303,9 @@ MODULES: dict[str, tuple[type[CheckpointError], str, Callable[[Tensors], object]
     "ModelOpt global scale gone": (errors.MissingTensorError, "modelopt", without("weight_scale_2")),
     "ModelOpt codes gone": (errors.MissingTensorError, "modelopt", without("weight")),
     "compressed-tensors block scales gone": (errors.MissingTensorError, "compressed-tensors", without("weight_scale")),
-    "compressed-tensors global scale gone": (errors.MissingTensorError, "compressed-tensors", without("weight_global_scale")),
+    "compressed-tensors global scale gone": (
+        errors.MissingTensorError, "compressed-tensors", without("weight_global_scale"),
+    ),
     "FP8 scale gone": (errors.MissingTensorError, "fp8-128-e8m0", without("scale")),
     "MXFP4 scale gone": (errors.MissingTensorError, "mxfp4", without("scale")),
     "projection gone": (errors.MissingTensorError, "bf16", without_gate),
@@ -343,7 +359,10 @@ def test_a_broken_module_is_refused_and_the_rest_still_reads(tmp_path: Path, nam
 
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "another hidden size": ("bf16", {"hidden_size": 96}),
-    "another FP8 block": ("fp8-32-e8m0", {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}),
+    "another FP8 block": (
+        "fp8-32-e8m0",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+    ),
     "another dialect": ("modelopt", {"quantization_config": {"quant_method": "compressed-tensors"}}),
     "the other dialect": ("compressed-tensors", {"quantization_config": {"quant_method": "modelopt"}}),
 }
@@ -377,7 +396,9 @@ def test_a_block_size_that_is_none(tmp_path: Path, block: object) -> None:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "suffix"), [("modelopt", "weight_scale_2"), ("compressed-tensors", "weight_global_scale")])
+@pytest.mark.parametrize(
+    ("kind", "suffix"), [("modelopt", "weight_scale_2"), ("compressed-tensors", "weight_global_scale")]
+)
 @pytest.mark.parametrize("value", [0.0, -1e-4, float("nan"), float("inf")])
 def test_a_global_scale_that_is_none(tmp_path: Path, kind: str, suffix: str, value: float) -> None:
     tensors, _ = factory.model(factory.MAKERS[kind])
@@ -414,7 +435,9 @@ def test_gate_and_up_exchanged_fit_every_shape_but_not_the_layers_output(tmp_pat
 
 
 def test_every_named_error_has_its_test() -> None:
-    named = {name for name, kind in vars(errors).items() if isinstance(kind, type) and kind.__module__ == errors.__name__}
+    named = {
+        name for name, kind in vars(errors).items() if isinstance(kind, type) and kind.__module__ == errors.__name__
+    }
     tables = {case[0].__name__ for table in (FILES, DIRECTORIES, MODULES) for case in table.values()}
     tests = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
     raised = set(re.findall(r"pytest\.raises\((?:errors\.)?(\w+)", tests))

@@ -55,31 +55,35 @@ def run_child(code: str, *arguments: object, **options: object) -> subprocess.Co
 
 
 def leftovers(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith((".tmp", ".partial", ".lock")))
+    return sorted(
+        str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.endswith((".tmp", ".partial", ".lock"))
+    )
 
 
 @pytest.mark.parametrize(
     ("place", "count", "finished"),
-    [("write", 0, 0), ("write", 40, 1), ("replace", 2, 2), ("replace", SHARDS + 1, SHARDS), ("rename", 0, SHARDS)],
+    [("write", 0, 0), ("write", 45, None), ("replace", 2, 2), ("replace", SHARDS + 1, SHARDS), ("rename", 0, SHARDS)],
 )
 def test_killed_and_started_again_it_ends_with_the_same_bytes(
-    tmp_path: Path, source: Path, place: str, count: int, finished: int
+    tmp_path: Path, source: Path, place: str, count: int, finished: int | None
 ) -> None:
     before = fingerprint(source)
     target = tmp_path / "dst"
     child = run_child(KILLED, source, target, place, count)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert not target.exists()
-    assert len(list((tmp_path / "dst.partial").glob("*.safetensors"))) == finished
-    report = convert(source, target, experts="all")
-    assert len(report.reused_shards) == finished
+    kept = sorted(path.name for path in (tmp_path / "dst.partial").glob("*.safetensors"))
+    assert finished in (len(kept), None)
+    assert convert(source, target, experts="all").reused_shards == kept
     convert(source, tmp_path / "whole", experts="all")
     assert fingerprint(target) == fingerprint(tmp_path / "whole")
     assert fingerprint(source) == before
     assert leftovers(tmp_path) == []
 
 
-def interrupted(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, writes: int, code: int = errno.ENOSPC) -> None:
+def interrupted(
+    source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, writes: int, code: int = errno.ENOSPC
+) -> None:
     """A conversion whose disk is full after `writes` writes."""
     original, left = os.pwrite, writes
 
@@ -95,7 +99,7 @@ def interrupted(source: Path, target: Path, monkeypatch: pytest.MonkeyPatch, wri
         convert(source, target, experts="all")
 
 
-@pytest.mark.parametrize("writes", [0, 1, 7, 60, 150])
+@pytest.mark.parametrize("writes", [0, 1, 7, 40, 60])
 def test_a_full_disk_leaves_nothing_that_looks_finished(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, writes: int
 ) -> None:
@@ -122,7 +126,9 @@ def test_a_real_file_size_limit_is_a_full_disk(tmp_path: Path, source: Path) -> 
     assert leftovers(tmp_path) == ["dst.partial", "dst.partial.lock"]
 
 
-def test_other_errors_of_the_disk_keep_their_name(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_of_the_disk_keep_their_name(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(OSError, match="Input/output error") as caught:
         interrupted(source, tmp_path / "dst", monkeypatch, 3, errno.EIO)
     assert not isinstance(caught.value, errors.CheckpointError)
@@ -143,7 +149,7 @@ def test_shards_of_another_conversion_are_not_reused(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     with pytest.raises(errors.DiskFullError):
-        interrupted(source, tmp_path / "dst", monkeypatch, 150)
+        interrupted(source, tmp_path / "dst", monkeypatch, 60)
     assert list((tmp_path / "dst.partial").glob("*.safetensors"))
     options = {"recipe": "kernel"} if change == "options" else {}
     if change == "source":
@@ -160,7 +166,7 @@ def test_a_finished_shard_that_was_damaged_is_written_again(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(errors.DiskFullError):
-        interrupted(source, tmp_path / "dst", monkeypatch, 150)
+        interrupted(source, tmp_path / "dst", monkeypatch, 60)
     shard = min((tmp_path / "dst.partial").glob("*.safetensors"))
     os.truncate(shard, shard.stat().st_size - 1)
     report = convert(source, tmp_path / "dst", experts="all")

@@ -80,7 +80,13 @@ def test_names() -> None:
         return found and (found.prefix, found.layer, found.index, found.projection, found.suffix)
 
     assert parts("layers.12.ffn.shared_experts.w3.scale") == ("layers.12.ffn.shared_experts", 12, None, "up", "scale")
-    assert parts("model.layers.0.ffn.experts.255.w2.weight") == ("model.layers.0.ffn.experts.255", 0, 255, "down", "weight")
+    assert parts("model.layers.0.ffn.experts.255.w2.weight") == (
+        "model.layers.0.ffn.experts.255",
+        0,
+        255,
+        "down",
+        "weight",
+    )
     prefix = "model.layers.3.mlp.shared_expert"
     assert parts(f"{prefix}.gate_proj.weight_scale_2") == (prefix, 3, None, "gate", "weight_scale_2")
     prefix = "model.language_model.layers.3.mlp.experts.1"
@@ -121,8 +127,16 @@ def test_fp8_blocks_are_told_by_shape(shape: tuple[int, int], block: tuple[int, 
     assert ranges[0] == ranges[1]
 
 
-@pytest.mark.parametrize(("config", "limit"), [({}, None), ({"swiglu_limit": 0}, None), ({"swiglu_limit": None}, None),
-                                               ({"swiglu_limit": 7}, 7.0), ({"text_config": {"swiglu_limit": 3.5}}, 3.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({}, None),
+        ({"swiglu_limit": 0}, None),
+        ({"swiglu_limit": None}, None),
+        ({"swiglu_limit": 7}, 7.0),
+        ({"text_config": {"swiglu_limit": 3.5}}, 3.5),
+    ],
+)
 def test_swiglu_limit(tmp_path: Path, config: dict, limit: float | None) -> None:
     assert open_checkpoint(factory.write(tmp_path / "c", factory.rest(), config)).swiglu_limit == limit
 
@@ -146,7 +160,9 @@ def test_local_paths_never_touch_the_network(tmp_path: Path, monkeypatch: pytest
             open_checkpoint(missing)
 
 
-def test_a_hub_id_is_downloaded_and_its_cache_links_are_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_and_its_cache_links_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     repository = tmp_path / "models--org--name"
     snapshot, blobs = repository / "snapshots" / "abc", repository / "blobs"
     factory.write(snapshot, factory.rest())

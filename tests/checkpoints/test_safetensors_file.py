@@ -79,7 +79,9 @@ def test_a_transposed_view_is_written_as_its_values(tmp_path: Path) -> None:
 
 def test_a_header_is_these_bytes() -> None:
     first, starts = layout_header([TensorSpec("b", "U8", (3,)), TensorSpec("w", "F32", (2,))], {})
-    text = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[3],"data_offsets":[8,11]}}'
+    text = (
+        b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"U8","shape":[3],"data_offsets":[8,11]}}'
+    )
     padded = text + b" " * (-len(text) % 8)
     assert first == len(padded).to_bytes(8, "little") + padded
     assert starts == {"w": len(first), "b": len(first) + 8}
@@ -87,7 +89,7 @@ def test_a_header_is_these_bytes() -> None:
 
 def test_a_file_with_a_byte_missing_never_gets_its_name(tmp_path: Path) -> None:
     with (
-        pytest.raises(IncompleteWriteError, match="e.g. b"),
+        pytest.raises(IncompleteWriteError, match=r"e\.g\. b"),
         SafetensorsWriter(tmp_path / "x", [TensorSpec("a", "U8", (4,)), TensorSpec("b", "U8", (4,))]) as writer,
     ):
         writer.write("a", b"1234")

@@ -17,7 +17,13 @@ from nvfp4_experts.layouts.scales import swizzle_scales
 from tests.checkpoints import factory
 
 RULES = [*MODULE_RULES, *EXPERT_RULES, *CHECKPOINT_RULES]
-CONFIG = {"hidden_size": 160, "num_hidden_layers": 2, "swiglu_limit": 10.0, "n_routed_experts": 2, "n_shared_experts": 1}
+CONFIG = {
+    "hidden_size": 160,
+    "num_hidden_layers": 2,
+    "swiglu_limit": 10.0,
+    "n_routed_experts": 2,
+    "n_shared_experts": 1,
+}
 SHARED = "layers.1.ffn.shared_experts"
 DOWN, GATE, UP = f"{SHARED}.w2", f"{SHARED}.w1", f"{SHARED}.w3"
 ROUTED = "layers.0.ffn.experts.1"

@@ -146,7 +146,12 @@ def test_one_changed_bit_breaks_the_promise(damaged: Callable, tiny_checkpoint: 
     report = verify_checkpoint(path, str(tiny_checkpoint), recipe="modelopt")
     assert [expert.name for expert in report.offenders] == ["layer 2 shared"]
     (check,) = report.offenders[0].broken_promises
-    assert (check.projection, check.mismatch.part, check.mismatch.row, check.mismatch.column) == ("down", "codes", 10, 40)
+    assert (check.projection, check.mismatch.part, check.mismatch.row, check.mismatch.column) == (
+        "down",
+        "codes",
+        10,
+        40,
+    )
 
 
 def test_nan_never_passes(damaged: Callable, tiny_checkpoint: Path) -> None:

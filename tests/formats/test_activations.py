@@ -107,9 +107,10 @@ def test_leaves_its_input(mode: str, scale: float | None) -> None:
     assert torch.equal(x, before)
 
 
-def test_nan_spoils_its_block_under_a_static_scale() -> None:
+@pytest.mark.parametrize("bits", [0x7FC00000, -0x400000, 0x7F800001, -1])
+def test_nan_spoils_its_block_under_a_static_scale(bits: int) -> None:
     x = torch.ones(2, 48)
-    x[1, 20] = torch.nan
+    x.view(torch.int32)[1, 20] = bits  # NaN, of either sign
     q = quantize_activation(x, "static", 1 / 2688)
     assert q.block_scales.view(torch.uint8).tolist()[1] == [0x7E, 0x7F, 0x7E]
     assert q.codes[1, 8:16].tolist() == [0x77] * 8

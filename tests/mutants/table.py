@@ -29,6 +29,7 @@ class Mutant:
 
 
 MUTANTS = (
+    # formats: codes
     Mutant(
         "nibbles packed the other way round",
         "formats/codes.py",
@@ -64,12 +65,27 @@ MUTANTS = (
         "(byte + 1) << 23)",
         "tests/formats/test_codes.py::test_decode_e8m0_of_every_byte",
     ),
+    # formats: scales
     Mutant(
-        "global scale stored as its reciprocal",
+        "global scale made as its reciprocal",
         "formats/recipes.py",
         "return s.reciprocal(), s\n",
         "return s, s.reciprocal()\n",
         "tests/formats/test_nvfp4.py::TestDequantize::test_error_of_a_round_trip",
+    ),
+    Mutant(
+        "another recipe's floor",
+        "formats/recipes.py",
+        "(block_amax / E2M1_MAX / s).clamp(min=2.0**-6)",
+        "(block_amax / E2M1_MAX / s).clamp(min=2.0**-9)",
+        "tests/formats/test_nvfp4.py::TestQuantizeSpecialValues::test_zero_blocks_and_negative_zero_beside_values",
+    ),
+    Mutant(
+        "another recipe's order of operations",
+        "formats/recipes.py",
+        "block_amax / (E2M1_MAX * s)",
+        "block_amax / E2M1_MAX / s",
+        "tests/formats/test_recipes.py::test_bytes_equal_the_oracle",
     ),
     Mutant(
         "global scale dropped when decoding",
@@ -79,19 +95,42 @@ MUTANTS = (
         "tests/formats/test_nvfp4.py::TestDequantize::test_is_one_exact_product_then_one_rounding",
     ),
     Mutant(
-        "another recipe's floor",
-        "formats/recipes.py",
-        "(block_amax / E2M1_MAX / s).clamp(min=2.0**-6)",
-        "(block_amax / E2M1_MAX / s).clamp(min=2.0**-9)",
-        "tests/formats/test_recipes.py::test_bytes_equal_the_oracle",
-    ),
-    Mutant(
         "one amax for all rows of a per-token batch",
         "formats/activations.py",
         "amax = x.abs().amax(-1, keepdim=True)\n    else:",
         "amax = x.abs().amax().expand(*x.shape[:-1], 1)\n    else:",
-        "tests/layers/test_shared_expert.py::TestNan::test_per_token_rows_do_not_depend_on_each_other",
+        "tests/formats/test_activations.py::test_per_token_rows_stand_alone",
     ),
+    Mutant(
+        "one MXFP4 scale for one NVFP4 block",
+        "formats/mxfp4.py",
+        ".repeat_interleave(2, dim=-1)",
+        ".repeat(*[1] * (t.scales.ndim - 1), 2)",
+        "tests/formats/test_mxfp4.py::test_cast_keeps_every_value_and_every_code_byte",
+    ),
+    Mutant(
+        "FP8 block height and width exchanged",
+        "formats/fp8_block.py",
+        "rows, columns = self.block",
+        "columns, rows = self.block",
+        "tests/formats/test_fp8_block.py::test_dequantize_follows_the_definition",
+    ),
+    # layouts
+    Mutant(
+        "swizzle with lanes and groups exchanged",
+        "layouts/scales.py",
+        "padded_rows // TILE_ROWS, _GROUPS, _LANES,",
+        "padded_rows // TILE_ROWS, _LANES, _GROUPS,",
+        "tests/layouts/test_scales.py::test_golden_bytes",
+    ),
+    Mutant(
+        "up interleaved before gate",
+        "layouts/weights.py",
+        "interleave_rows(gate.codes, up.codes), interleave_rows(gate.block_scales, up.block_scales)",
+        "interleave_rows(up.codes, gate.codes), interleave_rows(up.block_scales, gate.block_scales)",
+        "tests/layouts/test_weights.py::test_gate_and_up_interleave_codes_and_scales_together",
+    ),
+    # kernels
     Mutant(
         "clamp lost",
         "kernels/torch_backend.py",
@@ -107,7 +146,7 @@ MUTANTS = (
         "tests/kernels/test_shared_expert.py::test_clamp_is_one_sided_for_gate_and_two_sided_for_up",
     ),
     Mutant(
-        "gate and up exchanged",
+        "gate and up exchanged in the pack",
         "kernels/torch_backend.py",
         "torch.cat((gate.codes, up.codes))",
         "torch.cat((up.codes, gate.codes))",
@@ -135,12 +174,20 @@ MUTANTS = (
         "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
     ),
     Mutant(
+        "the contract itself forgets half the clamp",
+        "kernels/reference.py",
+        "up.clamp(-limit, limit)",
+        "up.clamp(max=limit)",
+        "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
+    ),
+    Mutant(
         "a named backend falls back in silence",
         "kernels/dispatch.py",
         'wanted = BACKENDS if name == "auto" else (name,)',
         "wanted = BACKENDS",
         "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
     ),
+    # layers
     Mutant(
         "calibration forgets earlier calls",
         "layers/calibration.py",
@@ -149,10 +196,39 @@ MUTANTS = (
         "tests/layers/test_shared_expert.py::TestCalibration::test_running_maximum_over_calls",
     ),
     Mutant(
-        "whole-model dtype conversion converts scales",
+        "dtype conversion of a model converts scales",
         "layers/shared_expert.py",
         "fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)",
         "fn(t)",
-        "tests/layers/test_shared_expert.py",
+        "tests/layers/test_shared_expert.py::TestState::test_dtype_conversions_leave_the_bytes_alone",
+    ),
+    # checkpoints
+    Mutant(
+        "gate and up exchanged in a dialect",
+        "checkpoints/dialects.py",
+        '{"w1": "gate", "w3": "up", "w2": "down"}',
+        '{"w1": "up", "w3": "gate", "w2": "down"}',
+        "tests/checkpoints/test_reader.py::test_names",
+    ),
+    Mutant(
+        "a reciprocal scale read as it stands",
+        "checkpoints/projections.py",
+        "(stored.reciprocal() if projection.layout.reciprocal else stored)",
+        "(stored)",
+        "tests/checkpoints/test_reader.py::test_input_scales_are_read_in_decode_direction",
+    ),
+    Mutant(
+        "a reciprocal scale written as it is",
+        "checkpoints/weights.py",
+        "reciprocal_scale(scale) if reciprocal else scale",
+        "scale",
+        "tests/checkpoints/test_convert.py::test_input_scales_are_written_where_they_belong",
+    ),
+    Mutant(
+        "gate and up converted under two scales",
+        "checkpoints/weights.py",
+        "for p in (source, partner) if p is not None)",
+        "for p in (source,) if p is not None)",
+        "tests/checkpoints/test_convert.py::test_scaled_weights_become_what_quantize_makes_of_the_whole",
     ),
 )

@@ -26,8 +26,8 @@ from .errors import ConversionRunningError, DiskFullError, OutputExistsError, Ou
 from .input_scales import InputScales
 from .plan import Options, Plan, ShardPlan, make_plan
 from .quant_config import build_configs
-from .reader import CONFIG_FILE, INDEX_FILE, MODELOPT_CONFIG_FILE, Checkpoint, open_checkpoint, safe_path
-from .safetensors_file import COPY_BYTES, SafetensorsWriter, layout_header, read_header, read_range
+from .reader import CONFIG_FILE, INDEX_FILE, MODELOPT_CONFIG_FILE, Checkpoint, contained, open_checkpoint
+from .safetensors_file import COPY_BYTES, SafetensorsWriter, layout_header, read_range
 from .weights import WeightConverter
 
 Progress = Callable[[int, int, str], None]
@@ -79,16 +79,20 @@ def convert(
         separate_scales: give gate and up their own global scale; default one for both.
         input_scales: {layer: (input_scale, hidden_scale)} of shared experts, decode direction.
         progress: called with (bytes written, bytes in all, name of the shard).
+
     Returns:
         ConversionReport.
+
     Raises:
         ValueError: an unknown dialect, experts or recipe.
         OutputExistsError, OutputInsideSourceError, ConversionRunningError, DiskFullError: the destination.
         NothingToConvertError, MixedOutputError, InputScalesError, NonFiniteWeightError, InexactCastError: the request.
         Any error of `open_checkpoint` and `ExpertEntry.check`: the source.
+
     Numerics: MXFP4 is cast exactly, under one exponent for gate and up if that is exact, else each under its own.
         NVFP4 of another dialect keeps codes and block scales; a global scale turned into its reciprocal is the fp32
         number whose reciprocal is the old one, where there is such a number.
+
     Cost: reads a converted weight twice (MXFP4 four times), everything else once; writes once.
     """
     options = Options(dialect, experts, recipe, separate_scales, input_scales or {})
@@ -200,12 +204,11 @@ def _sync_directory(path: Path) -> None:
 
 
 def _is_finished(place: Path, shard: ShardPlan) -> bool:
-    """Whether an earlier run finished this shard: it has its name only then, and its header is the planned one."""
+    """Whether an earlier run finished this shard: it has its name only then; its header and size are as planned."""
     path = place / shard.name
-    if not path.exists():
-        return False
     planned = layout_header(shard.specs, shard.metadata)[0]
-    return read_range(path, 0, min(len(planned), path.stat().st_size)) == planned and bool(read_header(path))
+    size = len(planned) + sum(spec.nbytes for spec in shard.specs)
+    return path.exists() and path.stat().st_size == size and read_range(path, 0, len(planned)) == planned
 
 
 def _write_shards(place: Path, plan: Plan, finished: list[str], progress: Progress | None) -> None:
@@ -275,7 +278,7 @@ def _other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
             if path.suffix in _OTHER_WEIGHTS:
                 left_out.append(relative)
             else:
-                safe_path(checkpoint.directory, relative)
+                contained(checkpoint.directory, path)
                 copied.append(relative)
     return copied, left_out
 

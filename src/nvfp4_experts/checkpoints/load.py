@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads layers from a checkpoint in any dialect: path and layer number in, a ready `Nvfp4SharedExpert` out.
 
-    NVFP4                    used as it is, gate and up under their own global scales
-    MXFP4                    cast exactly, each weight under its own global scale
-    bf16, fp16, fp32, FP8    decoded, then quantised with `recipe`, gate and up under one global scale
+NVFP4                    used as it is, gate and up under their own global scales
+MXFP4                    cast exactly, each weight under its own global scale
+bf16, fp16, fp32, FP8    decoded, then quantised with `recipe`, gate and up under one global scale
 """
 
 from __future__ import annotations
@@ -45,12 +45,18 @@ def load_shared_expert(
             gate, up and down, else dynamic.
         backend: name of a backend, or "auto".
         recipe: how scales are chosen if the checkpoint is not NVFP4 yet.
+
+    Returns:
+        A prepared Nvfp4SharedExpert on `device`.
+
     Raises:
         MissingExpertError, MissingConfigError, SuspiciousScaleError, and the errors of `open_checkpoint`.
         FormatError: weights that hold NaN or infinity; MXFP4 whose exponents span more than the exact cast holds.
+
     Numerics: one tensor enters both gate and up, so if their input scales differ the larger one is used: it covers
         the range of both. swiglu_limit is config.json's.
-    Cost: the three weights in their stored form and one of them decoded to fp32 at a time, before preparation.
+
+    Cost: reads the layer's tensors and nothing else; FP8 weights are held as fp32 until they are quantised.
     """
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     entry = checkpoint.shared_expert(layer)

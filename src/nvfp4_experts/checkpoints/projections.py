@@ -36,10 +36,13 @@ def load_projection(checkpoint: Checkpoint, projection: Projection, start: int =
     Args:
         start: first row; for FP8 a multiple of the block's height.
         stop: row after the last; default all.
+
     Raises:
         InvalidScaleError: an NVFP4 global scale that is not positive and finite.
         SuspiciousScaleError: one under which weights would exceed `MAX_SANE_WEIGHT`.
+
     Numerics: a reciprocal global scale (compressed-tensors) becomes 1 / g, rounded once to fp32.
+
     Cost: reads those rows only.
     """
     stop = projection.shape[0] if stop is None else stop

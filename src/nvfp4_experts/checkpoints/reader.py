@@ -166,9 +166,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Args:
         path: a directory with model.safetensors or model.safetensors.index.json, one .safetensors file, or a hub id
             `org/name`. What exists locally is never looked up on the hub.
+
     Raises:
         NotACheckpointError, HubError, UnsafePathError, InvalidIndexError, MissingShardError, IndexMismatchError,
         InvalidConfigError, AmbiguousCheckpointError, and the file errors of `read_header`.
+
     Cost: reads headers only; about 1 s per 100,000 tensors.
     """
     place = Path(path)
@@ -213,17 +215,22 @@ def _download(path: str | os.PathLike[str]) -> Path:
 
 
 def safe_path(directory: Path, name: str) -> Path:
-    """The path of the file `name` in `directory`; a name or link that leads out of it raises `UnsafePathError`.
+    """The path of the file `name` in `directory`; a name or link that leads out of it raises `UnsafePathError`."""
+    if name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
+        raise UnsafePathError(name[:200], "must be a plain file name", "a path", "do not trust this checkpoint")
+    return contained(directory, directory / name)
+
+
+def contained(directory: Path, path: Path) -> Path:
+    """`path`, unless it is a link that leads out of `directory`.
 
     The hub's cache holds snapshots/<revision>/<file> as links into ../../blobs: there the repository is the bound.
     """
-    if name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
-        raise UnsafePathError(name[:200], "must be a plain file name", "a path", "do not trust this checkpoint")
     bound = directory.parent.parent if directory.parent.name == "snapshots" else directory
-    if not (directory / name).resolve().is_relative_to(bound):
+    if not path.resolve().is_relative_to(bound):
         rule = f"must stay inside {bound}"
-        raise UnsafePathError(name, rule, "a link out of it", "copy the file in, or open the directory it lies in")
-    return directory / name
+        raise UnsafePathError(path.name, rule, "a link out of it", "copy the file in, or open the directory it lies in")
+    return path
 
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -146,6 +146,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     Raises:
         TruncatedFileError, HeaderTooLargeError, InvalidHeaderError, DuplicateTensorError, UnknownDtypeError,
         TensorSizeError, OverlappingTensorsError, UnusedBytesError: one per rule of the module docstring.
+
     Cost: reads the header and nothing else.
     """
     what = path.name

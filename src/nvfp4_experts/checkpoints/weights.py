@@ -47,7 +47,7 @@ class WeightConverter:
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self._checkpoint, self._options = checkpoint, options
         self._amax: dict[str, float] = {}
-        self._exponent: dict[str, int | None] = {}
+        self._exponent: dict[str, int] = {}
 
     def write(self, weight: WeightPlan, writer: SafetensorsWriter) -> None:
         """Write every output tensor of `weight`."""
@@ -117,30 +117,23 @@ class WeightConverter:
         """The exponent both can be cast under, else the source's own; raises `InexactCastError` if that fails too."""
         own = self._measure_exponent(source)
         if partner is not None:
-            other = self._measure_exponent(partner)
-            joint = max((e for e in (own, other) if e is not None), default=0)
+            joint = max(own, self._measure_exponent(partner))
             if all(self._cast_error(p, joint) is None for p in (source, partner)):
                 return joint
-        own = own or 0
         if (problem := self._cast_error(source, own)) is not None:
             rule = "block exponents must span at most 17 powers of two"
             raise InexactCastError(source.prefix, rule, problem, "convert other experts only") from problem
         return own
 
-    def _measure_exponent(self, projection: Projection) -> int | None:
-        """The largest exponent of a block that is not zero; None if every block is."""
+    def _measure_exponent(self, projection: Projection) -> int:
+        """`exponent_max` of the whole weight; a band of zeros has the least there is, so it does not count."""
         if projection.prefix not in self._exponent:
-            found = []
-            for start, stop in bands(projection):
-                band = self._load(projection, Mxfp4Tensor, start, stop)
-                try:
-                    largest = exponent_max(band)
-                except FormatError as bad:
-                    rule = "a weight must be finite"
-                    raise NonFiniteWeightError(projection.prefix, rule, bad, "repair the source checkpoint") from bad
-                if largest != 0 or bool(band.dequantize().any()):  # 0 is also the answer for a band of zeros
-                    found.append(largest)
-            self._exponent[projection.prefix] = max(found, default=None)
+            try:
+                largest = max(exponent_max(self._load(projection, Mxfp4Tensor, *band)) for band in bands(projection))
+            except FormatError as bad:
+                rule = "a weight must be finite"
+                raise NonFiniteWeightError(projection.prefix, rule, bad, "repair the source checkpoint") from bad
+            self._exponent[projection.prefix] = largest
         return self._exponent[projection.prefix]
 
     def _cast_error(self, projection: Projection, exponent: int) -> FormatError | None:

@@ -64,7 +64,7 @@ def _print_groups(out: Console, groups: list[Group]) -> None:
     table = render.table(
         "",
         ("layer", "experts", "format", "shapes", "block scales", "global scale"),
-        ("bytes", "bits/weight", "input scales"),
+        ("bytes", "bits", "static"),
     )
     for group in groups:
         name = group.kind if group.kind == "shared" else f"{group.experts} routed"
@@ -77,10 +77,10 @@ def _print_groups(out: Console, groups: list[Group]) -> None:
             group.format,
             ", ".join(f"{rows}x{columns}" for rows, columns in group.shapes),
             render.span(group.scale_min, group.scale_max),
-            render.span(group.global_scale_min, group.global_scale_max),
+            render.span(group.global_scale_min, group.global_scale_max, digits=2),
             render.size(group.nbytes),
             f"{group.bits_per_weight:.3g}",
-            f"{group.input_scales} of {modules}" if group.format == "nvfp4" else "–",
+            f"{group.input_scales}/{modules}" if group.format == "nvfp4" else "–",
         )
     out.print(table)
 

@@ -41,11 +41,13 @@ def console(stderr: bool = False) -> Console:
 
 def table(title: str, text: Sequence[str], numbers: Sequence[str]) -> Table:
     """A table with columns of text, aligned left, and then columns of numbers, aligned right."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     for header in text:
-        made.add_column(header)
+        made.add_column(header, overflow="fold")
     for header in numbers:
-        made.add_column(header, justify="right")
+        made.add_column(header, justify="right", overflow="fold")
     return made
 
 
@@ -101,14 +103,14 @@ def size(count: int) -> str:
     return f"{value:.4g} TB"
 
 
-def number(value: float | None) -> str:
-    """Three significant digits; a dash for None."""
-    return "–" if value is None else f"{value:.3g}"
+def number(value: float | None, digits: int = 3) -> str:
+    """So many significant digits; a dash for None."""
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
-def span(low: float | None, high: float | None) -> str:
+def span(low: float | None, high: float | None, digits: int = 3) -> str:
     """A range of numbers, or the one number that is both its ends."""
-    return number(low) if low == high else f"{number(low)} … {number(high)}"
+    return number(low, digits) if low == high else f"{number(low, digits)}…{number(high, digits)}"
 
 
 @contextmanager

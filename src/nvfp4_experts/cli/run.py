@@ -68,7 +68,7 @@ def command(
 
     x = load_hidden_states(input, tensor) if input is not None else None
     tokens = x.numel() // max(x.shape[-1], 1) if x is not None else random or 0
-    expert, seconds = load_layer(
+    loaded = load_layer(
         checkpoint,
         layer,
         max_tokens=max(tokens, 1),
@@ -78,10 +78,8 @@ def command(
         backend=backend,
     )
     if x is None:
-        x = synthetic_hidden_states(tokens, expert.hidden_size, seed, torch.bfloat16)
-    y, report = run_layer(
-        expert, x, checkpoint=checkpoint, layer=layer, load_seconds=seconds, warmup=warmup, repeat=repeat
-    )
+        x = synthetic_hidden_states(tokens, loaded.expert.hidden_size, seed, torch.bfloat16)
+    y, report = run_layer(loaded, x, warmup=warmup, repeat=repeat)
     if output is not None:
         with whole_file(output) as partial:
             save_file({"y": y.cpu().contiguous()}, partial)
@@ -93,6 +91,7 @@ def command(
 
 def _print(report: RunReport, output: Path | None) -> None:
     mode = f"{report.activations} ({report.activation_scale} scale)" if report.activation_scale else report.activations
+    converted = "" if report.stored == ("nvfp4",) else f"quantised from {', '.join(report.stored)} on loading, "
     out = render.console()
     out.print(
         render.facts(
@@ -101,7 +100,8 @@ def _print(report: RunReport, output: Path | None) -> None:
                 "activations": mode,
                 "swiglu limit": f"{report.swiglu_limit:g}" if report.swiglu_limit else "off",
                 "runs on": f"{report.device}, backend {report.backend}",
-                "weights": f"{render.size(report.resident_bytes)} resident, loaded in {report.load_seconds:.2f} s",
+                "weights": f"{converted}{render.size(report.resident_bytes)} resident",
+                "loading": f"{report.load_seconds:.2f} s",
                 "time": f"{report.median_ms:.3g} ms median, {report.min_ms:.3g} ms best of {report.calls} calls, "
                 f"{report.tokens} tokens",
                 "saved": output,

@@ -21,6 +21,8 @@ NAME = "verify"
 HELP = "Compare a checkpoint with its original: weights, outputs in each activation format, and bits where promised."
 EXAMPLE = "Example: [bold]nvfp4-experts verify tiny-nvfp4 --against tiny-bf16 --picture verify.png[/]"
 
+DEFAULT_MAX_ERROR = 0.25
+
 
 def command(
     checkpoint: Checkpoint,
@@ -47,7 +49,7 @@ def command(
     max_error: Annotated[
         float,
         typer.Option(min=0.0, help="Largest rel-L2 of an expert's bf16-activation output against ORIGINAL's weights."),
-    ] = 0.25,
+    ] = DEFAULT_MAX_ERROR,
     report: Annotated[
         Path | None, typer.Option(help="Write the report as JSON to this file.", show_default=False)
     ] = None,

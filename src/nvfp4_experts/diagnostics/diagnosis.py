@@ -21,21 +21,21 @@ from ..layouts.scales import swizzled_shape, unswizzle_scales
 from .metrics import rel_l2
 from .weights import Weight, values
 
-# NVFP4 of a Gaussian is 0.095 from it, of any real weight below 0.15; unrelated weights are 1.41 apart.
+# NVFP4 of a Gaussian is 0.095 from it; unrelated weights of one size are 1.41 apart.
 SUSPICIOUS = 0.3
 # Quantisation alone moves the least-squares factor by its squared error, 0.009.
 _FACTOR_TOLERANCE = 0.03
 
 
-def diagnose(actual: dict[str, Weight], original: dict[str, Weight]) -> list[str]:
+def diagnose(actual: dict[str, Weight], truth: dict[str, Tensor]) -> list[str]:
     """Hints about one expert, as sentences; none for weights that are what they should be.
 
     Args:
-        actual, original: gate, up and down by name, the same shapes.
+        actual: gate, up and down by name, as they are stored.
+        truth: the original's fp32 values, the same names and shapes.
 
-    Cost: per suspicious projection a few decodes; for the others one pass for the factor.
+    Cost: two decodes of each projection, one at a time; a few more of a suspicious one.
     """
-    truth = {name: values(weight) for name, weight in original.items()}
     errors = {name: rel_l2(values(weight), truth[name]) for name, weight in actual.items()}
     exchanged = _exchanged(actual, truth, errors)
     if exchanged:
@@ -58,8 +58,8 @@ def _hints(name: str, weight: Weight, truth: Tensor, error: float) -> list[str]:
             if corrected is not None and (after := rel_l2(values(corrected), truth)) < SUSPICIOUS:
                 return [_sentence(f"{name}: {mistake}", error, after, undone)]
     stored = values(weight)
-    energy = float(stored.double().square().sum())
-    factor = float((stored.double() * truth).sum()) / energy if energy else 0.0
+    energy = float(stored.square().sum(dtype=torch.float64))
+    factor = float((stored * truth).sum(dtype=torch.float64)) / energy if energy else 0.0
     after = rel_l2(stored * factor, truth)
     if abs(factor - 1) > _FACTOR_TOLERANCE and after < min(error, SUSPICIOUS):
         return [_sentence(f"{name}: off by a constant factor", error, after, f"when multiplied by {factor:.4g}")]

@@ -174,5 +174,5 @@ def _legend(axes: Any) -> None:
     series, labels = axes.get_legend_handles_labels()
     axes.legend(
         [bars.lines[0] for bars in series], labels, loc="upper left", bbox_to_anchor=(-0.02, -0.12),
-        ncols=len(labels), frameon=False, fontsize=9, handletextpad=0.1, columnspacing=1.0,
+        ncols=len(labels), frameon=False, fontsize=8.5, handletextpad=0.1, columnspacing=0.8,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from ..checkpoints import load_shared_expert
+from ..checkpoints import load_shared_expert, open_checkpoint
 from ..errors import InputError
 from ..layers.shared_expert import Nvfp4SharedExpert
 from .metrics import TensorStatistics, statistics
@@ -26,6 +26,7 @@ class RunReport:
 
     checkpoint: str
     layer: int
+    stored: tuple[str, ...]
     hidden_size: int
     intermediate_size: int
     tokens: int
@@ -47,6 +48,17 @@ class RunReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class LoadedLayer:
+    """A shared expert, and where it came from: the formats its projections are stored in, the seconds to load it."""
+
+    expert: Nvfp4SharedExpert
+    checkpoint: str
+    layer: int
+    stored: tuple[str, ...]
+    seconds: float
+
+
 def load_layer(
     checkpoint: str,
     layer: int,
@@ -56,8 +68,9 @@ def load_layer(
     activations: str,
     activation_scale: str | None,
     backend: str,
-) -> tuple[Nvfp4SharedExpert, float]:
-    """`load_shared_expert` and the seconds it took."""
+) -> LoadedLayer:
+    """`load_shared_expert`, timed. Weights that are not stored in NVFP4 are quantised, which `stored` shows."""
+    projections = open_checkpoint(checkpoint).shared_expert(layer).projections.values()
     start = time.perf_counter()
     expert = load_shared_expert(
         checkpoint,
@@ -68,29 +81,23 @@ def load_layer(
         activation_scale=activation_scale,
         backend=backend,
     )
-    return expert, time.perf_counter() - start
+    stored = tuple(dict.fromkeys(projection.format for projection in projections))
+    return LoadedLayer(expert, checkpoint, layer, stored, time.perf_counter() - start)
 
 
-def run_layer(
-    expert: Nvfp4SharedExpert,
-    x: Tensor,
-    *,
-    checkpoint: str,
-    layer: int,
-    load_seconds: float,
-    warmup: int = 1,
-    repeat: int = 5,
-) -> tuple[Tensor, RunReport]:
+def run_layer(loaded: LoadedLayer, x: Tensor, *, warmup: int = 1, repeat: int = 5) -> tuple[Tensor, RunReport]:
     """Call a layer `warmup` + `repeat` times on x and report the last `repeat`.
 
     Args:
-        expert: the layer; x: (..., H), moved to its device first.
-        checkpoint, layer, load_seconds: carried into the report.
-        warmup: >= 0; repeat: >= 1.
+        loaded: the layer.
+        x: (..., H); moved to the layer's device first.
+        warmup: >= 0.
+        repeat: >= 1.
 
     Raises:
         InputError: counts out of range, or x does not fit the layer.
     """
+    expert = loaded.expert
     if warmup < 0 or repeat < 1:
         raise InputError("warmup, repeat", "must be at least 0 and 1", (warmup, repeat), "time at least one call")
     device = expert.gate.device
@@ -105,8 +112,9 @@ def run_layer(
         _synchronize(device)
         milliseconds.append(1000 * (time.perf_counter() - start))
     return y, RunReport(
-        checkpoint=checkpoint,
-        layer=layer,
+        checkpoint=loaded.checkpoint,
+        layer=loaded.layer,
+        stored=loaded.stored,
         hidden_size=expert.hidden_size,
         intermediate_size=expert.intermediate_size,
         tokens=x.numel() // expert.hidden_size,
@@ -117,7 +125,7 @@ def run_layer(
         activation_scale=expert.activation_scale if expert.activations == "nvfp4" else None,
         swiglu_limit=expert.swiglu_limit,
         resident_bytes=expert.resident_bytes,
-        load_seconds=load_seconds,
+        load_seconds=loaded.seconds,
         calls=repeat,
         median_ms=stats.median(milliseconds),
         min_ms=min(milliseconds),

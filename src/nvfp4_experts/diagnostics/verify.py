@@ -165,7 +165,7 @@ def verify_checkpoint(
         CheckpointError: either cannot be read, or the original lacks an expert that the checkpoint has.
         InputError: nothing selected, or hidden states that do not fit.
 
-    Cost: one expert at a time: both sets of weights in fp32, 24 bytes per weight position.
+    Cost: one expert at a time; at its peak about 20 bytes per weight of that expert.
     """
     ours, theirs = open_checkpoint(checkpoint), open_checkpoint(original)
     chosen = _choose(ours, layers, experts, sample)
@@ -247,7 +247,7 @@ def _verify_expert(
         compare(y_own, y_true),
         _output_errors(ours, entry, actual, x, y_true, y_own, device, backend),
         check_bits(actual, original, recipe),
-        diagnose(actual, original),
+        diagnose(actual, true),
     )
 
 

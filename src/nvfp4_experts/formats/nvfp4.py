@@ -25,7 +25,9 @@ from .recipes import RECIPES, find_recipe, global_scales_from_amax
 
 __all__ = ["RECIPES", "Nvfp4Tensor", "decode_blocks", "global_scale_from_amax", "quantize", "reciprocal_scale"]
 
-_TILE_BLOCKS = 1 << 13  # 2^17 values: half a MiB of fp32, so that the passes over a tile stay in the cache
+# On a CPU a tile stays just under the 2^15 values from which torch splits one operation over threads: the tile's
+# passes then stay in the cache, and no thread waits at a barrier for one that the machine has taken away.
+_CPU_TILE_BLOCKS, _DEVICE_TILE_BLOCKS = (1 << 11) - 1, 1 << 18
 _SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -157,8 +159,8 @@ def quantize(w: Tensor, recipe: str = "modelopt", amax: Tensor | float | None = 
     Numerics: bit for bit the oracle package of the recipe. A tensor whose amax is below AMAX_FLOOR (2^-100) counts as
         zero: global scale 1, codes 0, and the scale byte that the recipe gives to a zero block. -0 keeps its sign
         (code 8) under "torchao" and "kernel" and loses it under the other two. Subnormal values are values like any.
-    Cost: two reads of w, tile by tile: extra memory is the result and a few MiB (and one copy of a w that is not
-        contiguous); one sync for the finiteness of w.
+    Cost: two reads of w, the second in tiles on one core: extra memory is the result and under 4 MiB (and one copy of
+        a w that is not contiguous); syncs to see that w is finite.
     """
     rule = find_recipe(recipe)
     _check_source(w)
@@ -168,7 +170,7 @@ def quantize(w: Tensor, recipe: str = "modelopt", amax: Tensor | float | None = 
     code_shape = (*w.shape[:-1], w.shape[-1] // 2)
     scale_shape = (*w.shape[:-1], w.shape[-1] // BLOCK_SIZE)
     if amax < AMAX_FLOOR:
-        byte = rule.block_scales(one - 1, one, one).view(1).view(torch.uint8)
+        byte = rule.block_scales(torch.zeros_like(one), one, one).view(torch.uint8)
         block_scales = byte.expand(scale_shape).contiguous().view(torch.float8_e4m3fn)
         return Nvfp4Tensor(torch.zeros(code_shape, dtype=torch.uint8, device=w.device), block_scales, one)
 
@@ -176,8 +178,9 @@ def quantize(w: Tensor, recipe: str = "modelopt", amax: Tensor | float | None = 
     blocks = w.detach().contiguous().view(-1, BLOCK_SIZE)
     codes = torch.empty(len(blocks), BLOCK_SIZE // 2, dtype=torch.uint8, device=w.device)
     block_scales = torch.empty(len(blocks), dtype=torch.float8_e4m3fn, device=w.device)
-    for start in range(0, len(blocks), _TILE_BLOCKS):
-        tile = slice(start, start + _TILE_BLOCKS)
+    step = _CPU_TILE_BLOCKS if w.device.type == "cpu" else _DEVICE_TILE_BLOCKS
+    for start in range(0, len(blocks), step):
+        tile = slice(start, start + step)
         values = blocks[tile].float()
         block_scales[tile] = rule.block_scales(values.abs().amax(-1), g, s)
         codes[tile] = pack_codes(encode_e2m1(rule.quotients(values, block_scales[tile].float(), g, s)))

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak memory of a conversion: a constant, whatever the size of the tensors; `python -m tests.checkpoints.test_memory`
+prints the measurement that docs/checkpoints.md quotes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+# Converts a small checkpoint first, so that what any conversion needs once (code, allocator, threads) is not counted.
+CHILD = """
+import re, sys
+from pathlib import Path
+from nvfp4_experts.checkpoints import convert
+
+def peak():
+    # Not getrusage: its maximum is that of the parent if the parent was larger when it forked.
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+kind, small, large, target = sys.argv[1:]
+convert(small, target + "-small")
+before = peak()
+convert(large, target + "-large")
+print(peak() - before)
+"""
+
+CONSTANT = 24 << 20
+FP8_ROW = 16 * 128
+"""What docs/checkpoints.md promises beyond an idle interpreter with the package loaded: the constant and, for FP8, so
+many bytes per column, since a band is at least one row of blocks of 128."""
+
+KINDS = ("BF16", "FP8", "MXFP4")
+
+
+def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int) -> int:
+    """A checkpoint whose weights repeat one block of random bytes; returns the bytes of its largest tensor."""
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    specs: list[tuple[str, str, list[int], int, bytes]] = [
+        ("passed.through", "U8", [rows, columns], rows * columns, b"\0")
+    ]
+    for word, (n, k) in (("w1", (rows, columns)), ("w3", (rows, columns)), ("w2", (columns, rows))):
+        name = f"layers.0.ffn.shared_experts.{word}"
+        if kind == "BF16":
+            specs.append((f"{name}.weight", "BF16", [n, k], 2 * n * k, b"\x12\x3c\x81\xbd"))
+        elif kind == "FP8":
+            specs.append((f"{name}.weight", "F8_E4M3", [n, k], n * k, b"\x12\x3c\x81\xbd"))
+            specs.append(
+                (f"{name}.scale", "F8_E8M0", [-(-n // 128), -(-k // 128)], -(-n // 128) * -(-k // 128), b"\x70")
+            )
+        else:
+            specs.append((f"{name}.weight", "I8", [n, k // 2], n * k // 2, b"\x12\x3c\x81\xbd"))
+            specs.append((f"{name}.scale", "F8_E8M0", [n, k // 32], n * k // 32, b"\x75\x76"))
+    header, end = {}, 0
+    for name, dtype, shape, size, _ in specs:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for *_, size, pattern in specs:
+            block = pattern * ((1 << 20) // len(pattern))
+            for start in range(0, size, len(block)):
+                file.write(block[: min(len(block), size - start)])
+    return max(size for *_, size, _ in specs)
+
+
+def measure(folder: Path, kind: str, rows: int, columns: int) -> tuple[int, int]:
+    """(bytes of the largest tensor, bytes by which the peak rose while converting)."""
+    sparse_checkpoint(folder / f"{kind}-small", kind, 256, 128)
+    largest = sparse_checkpoint(folder / f"{kind}-large", kind, rows, columns)
+    command = [sys.executable, "-c", CHILD, kind, *(str(folder / f"{kind}-{s}") for s in ("small", "large", "out"))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    return largest, int(done.stdout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peak_memory_does_not_grow_with_the_tensor(tmp_path: Path, kind: str) -> None:
+    largest, rise = measure(tmp_path, kind, 8192, 8192)
+    promised = CONSTANT + (FP8_ROW * 8192 if kind == "FP8" else 0)
+    assert largest > promised
+    assert 0 < rise < promised
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        for source in KINDS:
+            for size in (8192, 16384):
+                (Path(scratch) / f"{source}{size}").mkdir()
+                biggest, risen = measure(Path(scratch) / f"{source}{size}", source, size, 8192)
+                print(f"{source:6} largest tensor {biggest >> 20:4} MiB   peak rose by {risen / (1 << 20):5.1f} MiB")
