@@ -357,6 +357,14 @@ def test_a_broken_module_is_refused_and_the_rest_still_reads(tmp_path: Path, nam
     assert checkpoint.shared_expert(1).check().problems == ()
 
 
+def test_a_layer_with_two_shared_experts_is_not_decided_by_order(tmp_path: Path) -> None:
+    tensors, _ = factory.model(factory.plain())
+    tensors |= factory.expert(factory.plain(), "model.layers.0.mlp.shared_experts", "transformers")[0]
+    path = factory.write(tmp_path / "c", tensors)
+    with pytest.raises(errors.AmbiguousCheckpointError, match=r"model\.layers\.0\.mlp\.shared_experts"):
+        load_shared_expert(path, 0)
+
+
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "another hidden size": ("bf16", {"hidden_size": 96}),
     "another FP8 block": (

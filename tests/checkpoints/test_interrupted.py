@@ -174,6 +174,15 @@ def test_a_finished_shard_that_was_damaged_is_written_again(
     assert open_checkpoint(tmp_path / "dst").problems == []
 
 
+def test_a_destination_that_appears_meanwhile_is_not_replaced(tmp_path: Path, source: Path) -> None:
+    target = tmp_path / "dst"
+    with pytest.raises(errors.OutputExistsError):
+        convert(source, target, progress=lambda *_: target.mkdir(exist_ok=True))  # rename alone would take its place
+    assert list(target.iterdir()) == []
+    target.rmdir()
+    assert len(convert(source, target).reused_shards) == SHARDS
+
+
 def test_two_conversions_do_not_share_a_destination(tmp_path: Path, source: Path) -> None:
     with open(tmp_path / "dst.partial.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

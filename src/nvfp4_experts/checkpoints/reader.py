@@ -144,9 +144,12 @@ class Checkpoint:
 
     def shared_expert(self, layer: int) -> ExpertEntry:
         """The shared expert of a layer; raises its problem if it is not well formed."""
-        for entry in self.experts:
-            if entry.layer == layer and entry.kind == "shared":
-                return entry.check()
+        found = [entry for entry in self.experts if entry.layer == layer and entry.kind == "shared"]
+        if len(found) > 1:
+            rule, got = "must have one shared expert", " and ".join(entry.prefix for entry in found)
+            raise AmbiguousCheckpointError(f"layer {layer}", rule, got, "remove the tensors of one")
+        if found:
+            return found[0].check()
         rule = f"layers with a shared expert are {self.layers or 'none'}"
         raise MissingExpertError(f"shared expert of layer {layer}", rule, f"layer {layer}", "choose one of these")
 
