@@ -13,11 +13,12 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?= --json build/bench.json --csv build/bench.csv --picture build/bench.png --force
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade-strategy only-if-needed
 
-.PHONY: help demo test check test-gpu clean clean-all
+.PHONY: help demo test check test-gpu bench clean clean-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -36,6 +37,15 @@ check: $(VENV)/.installed-test  ## ruff (lint, format) and mypy; edits nothing
 
 test-gpu:  ## the tests that need a GPU, with the python3 that is here (torch, triton, pytest); installs nothing
 	PYTHONPATH=src python3 -m pytest -m gpu $(PYTEST_ARGS)
+
+# Where python3 has no torch, as on a fresh CPU machine, the environment of `make demo` is used.
+HERE_HAS_TORCH = python3 -c 'import torch, safetensors, typer, rich, matplotlib' 2>/dev/null
+
+bench:  ## time one shared expert next to its peers and the floor of this machine, with the python3 that is here
+	@$(HERE_HAS_TORCH) || $(MAKE) --no-print-directory $(VENV)/.installed-demo
+	@mkdir -p build
+	@if $(HERE_HAS_TORCH); then python=python3; else python=$(BIN)/python; fi; \
+	PYTHONPATH=src $$python -m nvfp4_experts.cli bench $(BENCH_ARGS)
 
 clean:  ## remove caches and build output
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nvfp4_experts.checkpoints import errors, load_projection, load_shared_expert, open_checkpoint
+from nvfp4_experts.checkpoints import convert, errors, load_projection, load_shared_expert, open_checkpoint
 from nvfp4_experts.checkpoints.safetensors_file import MAX_HEADER_BYTES, read_header
 from nvfp4_experts.errors import CheckpointError
 from tests.checkpoints import factory
@@ -54,6 +54,7 @@ FILES: dict[str, tuple[type[CheckpointError], bytes]] = {
     "an entry that is a number": (errors.InvalidHeaderError, raw({"a": 1})),
     "an entry with another key": (errors.InvalidHeaderError, raw({"a": {**entry(), "offset": 3}}, b"1234")),
     "an entry without shape": (errors.InvalidHeaderError, raw({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, b"1234")),
+    "a name that is no text": (errors.InvalidHeaderError, raw({"\ud800": entry()}, b"1234")),
     "negative shape": (errors.InvalidHeaderError, raw({"a": entry(shape=[-2, -2])}, b"1234")),
     "fractional shape": (errors.InvalidHeaderError, raw({"a": entry(shape=[4.0])}, b"1234")),
     "boolean shape": (errors.InvalidHeaderError, raw({"a": entry(shape=[True], offsets=[0, 1])}, b"1")),
@@ -175,6 +176,13 @@ DIRECTORIES: dict[str, tuple[type[CheckpointError], Callable[[Path], object]]] =
     "index names the folder": (errors.UnsafePathError, point_to("..")),
     "index names nothing": (errors.UnsafePathError, point_to("")),
     "index with a NUL": (errors.UnsafePathError, point_to("a\0b")),
+    "index with a name too long": (errors.UnsafePathError, point_to("x" * 5000)),
+    "index with a lone surrogate": (errors.UnsafePathError, point_to("\ud800.safetensors")),
+    "index is a folder": (errors.NotACheckpointError, lambda path: ((path / INDEX).unlink(), (path / INDEX).mkdir())),
+    "config is a folder": (
+        errors.InvalidConfigError,
+        lambda path: ((path / "config.json").unlink(), (path / "config.json").mkdir()),
+    ),
     "shard is a link out": (errors.UnsafePathError, link_out),
     "config is a link out": (
         errors.UnsafePathError,
@@ -228,11 +236,26 @@ def test_a_text_file_is_not_a_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "notes.txt")
 
 
-@pytest.mark.parametrize("limit", [-1, "ten", True, [10]])
+@pytest.mark.parametrize("limit", [-1, "ten", True, [10], 10**400, 1e39])
 def test_a_limit_that_is_no_limit(tmp_path: Path, limit: object) -> None:
     path = factory.write(tmp_path / "c", factory.rest(), {"swiglu_limit": limit})
     with pytest.raises(errors.InvalidConfigError, match="swiglu_limit"):
         _ = open_checkpoint(path).swiglu_limit
+
+
+@pytest.mark.parametrize("shape", [(0, 160), (96, 0), (0, 0)], ids=str)
+def test_a_weight_without_values_is_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    tensors = {f"layers.0.ffn.shared_experts.{w}.weight": torch.empty(shape) for w in ("w1", "w3")}
+    tensors["layers.0.ffn.shared_experts.w2.weight"] = torch.empty(shape[::-1])
+    path = factory.write(tmp_path / "c", tensors)
+    for use in (lambda: load_shared_expert(path, 0), lambda: convert(path, tmp_path / "dst")):
+        with pytest.raises(errors.WrongShapeError, match="with values in it"):
+            use()
+
+
+def test_a_layer_number_of_thousands_of_digits_is_no_layer(tmp_path: Path) -> None:
+    name = f"layers.{'9' * 5000}.ffn.shared_experts.w1.weight"
+    assert open_checkpoint(factory.write(tmp_path / "c", {name: torch.ones(16, 16)}, {})).experts == []
 
 
 def test_a_layer_without_any_config_is_not_guessed(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nvfp4_experts.checkpoints import convert, errors, load_projection, open_checkpoint, projection_input_scale, weights
+from nvfp4_experts.errors import InputError
 from nvfp4_experts.formats.nvfp4 import RECIPES, quantize
 from tests.checkpoints import factory
 
@@ -398,7 +399,14 @@ def test_a_reciprocal_scale_does_not_pass_through(tmp_path: Path) -> None:
         convert(source, tmp_path / "dst", dialect="compressed-tensors", experts="all")
 
 
-@pytest.mark.parametrize("scales", [{7: (1.0, 1.0)}, {0: (0.0, 1.0)}, {0: (1.0, float("nan"))}, {0: (1.0, -1.0)}])
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {7: (1.0, 1.0)}, {0: (0.0, 1.0)}, {0: (1.0, float("nan"))}, {0: (1.0, -1.0)}, {0: (1.0,)}, {0: 1.0},
+        {0: None}, {0: ("a", 1.0)}, {"0": (1.0, 1.0)},
+    ],
+    ids=str,
+)  # fmt: skip
 def test_input_scales_that_do_not_fit(tmp_path: Path, scales: dict) -> None:
     source = factory.write(tmp_path / "src", factory.model(factory.plain())[0])
     with pytest.raises(errors.InputScalesError):
@@ -409,7 +417,7 @@ def test_input_scales_that_do_not_fit(tmp_path: Path, scales: dict) -> None:
 
 @pytest.mark.parametrize("option", [{"dialect": "gguf"}, {"experts": "none"}, {"recipe": "mine"}])
 def test_unknown_options_name_the_known_ones(tmp_path: Path, option: dict) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(option))}: must be one of .*, got"):
+    with pytest.raises(InputError, match=f"{next(iter(option))}: must be one of .*, got"):
         convert(tmp_path, tmp_path / "dst", **option)
 
 
@@ -419,3 +427,25 @@ def test_k_that_is_no_multiple_of_16_is_refused_before_writing(tmp_path: Path) -
     with pytest.raises(errors.WrongShapeError, match="multiple of 16"):
         convert(source, tmp_path / "dst")
     assert [p.name for p in tmp_path.iterdir()] == ["src"]
+
+
+def test_input_scales_may_be_tensors(tmp_path: Path) -> None:
+    source = factory.write(tmp_path / "src", factory.model(factory.plain())[0])
+    convert(source, tmp_path / "dst", input_scales={0: (torch.tensor(0.5), torch.tensor(0.25))})
+    checkpoint = open_checkpoint(tmp_path / "dst")
+    assert projection_input_scale(checkpoint, checkpoint.shared_expert(0).projections["down"]) == 0.25
+
+
+def test_a_config_of_any_text_survives(tmp_path: Path) -> None:
+    source = factory.write(tmp_path / "src", factory.model(factory.plain())[0], {"é": "\u4e2d", "\ud800": "\udfff"})
+    convert(source, tmp_path / "dst")
+    config = json.loads((tmp_path / "dst" / "config.json").read_text())
+    assert config["é"] == "\u4e2d" and config["\ud800"] == "\udfff"
+
+
+def test_a_link_to_nothing_is_refused_before_writing(tmp_path: Path) -> None:
+    source = factory.write(tmp_path / "src", factory.model(factory.plain())[0])
+    (source / "vocabulary.txt").symlink_to("nothing")
+    with pytest.raises(errors.UnsafePathError, match=r"vocabulary\.txt"):
+        convert(source, tmp_path / "dst")
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]

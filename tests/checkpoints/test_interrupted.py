@@ -190,3 +190,13 @@ def test_two_conversions_do_not_share_a_destination(tmp_path: Path, source: Path
             convert(source, tmp_path / "dst")
     convert(source, tmp_path / "dst")
     assert leftovers(tmp_path) == []
+
+
+def test_a_directory_of_that_name_that_is_someone_elses_is_left_alone(tmp_path: Path, source: Path) -> None:
+    mine = tmp_path / "dst.partial" / "thesis.txt"
+    mine.parent.mkdir()
+    mine.write_text("ten years")
+    with pytest.raises(errors.OutputExistsError, match=r"dst\.partial"):
+        convert(source, tmp_path / "dst")
+    assert mine.read_text() == "ten years"
+    assert leftovers(tmp_path) == ["dst.partial"]

@@ -141,3 +141,18 @@ def test_what_is_no_hidden_state_is_refused(modelopt: Path, tmp_path: Path) -> N
 )
 def test_layers_that_cannot_run(compressed: Path, options: tuple[object, ...], error: str) -> None:
     assert error_of("run", compressed, "--random", 1, *options)["error"] == error
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "", "cuda:99"])
+@pytest.mark.parametrize("verb", [("run", "--layer", 0, "--random", 2), ("verify", "--tokens", 2)], ids=lambda v: v[0])
+def test_a_device_that_does_not_work_is_an_input_error(modelopt: Path, device: str, verb: tuple[object, ...]) -> None:
+    against = ("--against", modelopt) if verb[0] == "verify" else ()
+    assert error_of(verb[0], modelopt, *verb[1:], *against, "--device", device)["error"] == "UnsupportedError"
+
+
+def test_a_seed_beyond_64_bits_is_an_input_error(modelopt: Path) -> None:
+    assert error_of("run", modelopt, "--layer", 0, "--random", 2, "--seed", 10**30)["what"] == "seed"
+
+
+def test_an_output_that_cannot_be_written_is_an_input_error(modelopt: Path) -> None:
+    assert "/proc" in error_of("run", modelopt, "--layer", 0, "--random", 2, "--output", "/proc/y.safetensors")["what"]

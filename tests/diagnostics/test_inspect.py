@@ -13,6 +13,7 @@ from torch import Tensor
 from nvfp4_experts.checkpoints.errors import NotACheckpointError
 from nvfp4_experts.diagnostics.anomalies import CHECKPOINT_RULES, EXPERT_RULES, MODULE_RULES, SEVERITIES
 from nvfp4_experts.diagnostics.inspect import InspectionReport, inspect_checkpoint
+from nvfp4_experts.errors import InputError
 from nvfp4_experts.layouts.scales import swizzle_scales
 from tests.checkpoints import factory
 
@@ -211,3 +212,16 @@ def test_the_trained_checkpoint_is_clean(tiny_checkpoint: Path) -> None:
         (layer, kind, count) for layer in range(4) for kind, count in (("shared", 1), ("routed", 8))
     ]
     assert {g.bits_per_weight for g in report.groups} == {16.0}
+
+
+def test_a_layer_that_is_not_there_is_told(tmp_path: Path) -> None:
+    path = factory.write(tmp_path / "c", modelopt(), CONFIG)
+    with pytest.raises(InputError, match=r"got \[7\]"):
+        inspect_checkpoint(str(path), layers=[0, 7])
+
+
+def test_huge_expert_numbers_cost_no_memory(tmp_path: Path) -> None:
+    tensors = {name.replace("experts.1.", "experts.999999999."): t for name, t in modelopt().items()}
+    report = inspect_checkpoint(str(factory.write(tmp_path / "c", tensors, {**CONFIG, "n_routed_experts": 10**15})))
+    found = [anomaly.message for anomaly in report.anomalies if anomaly.name == "missing-expert"]
+    assert found and all(f"{10**15 - 2} of {10**15} routed experts are missing, first 1" in text for text in found)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nvfp4_experts.errors import FormatError
+from nvfp4_experts.formats import codes as codes_module
 from nvfp4_experts.formats.codes import (
     E2M1_VALUES,
     decode_blocks,
@@ -163,3 +165,17 @@ def test_decode_e8m0_of_every_byte() -> None:
     assert decoded[:255].double().tolist() == [2.0 ** (byte - 127) for byte in range(255)]
     assert decoded[255].isnan()
     assert same_bits(decode_e8m0(ALL_BYTES.view(torch.float8_e8m0fnu)), decoded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int32], ids=str)
+def test_encode_takes_fp32_alone(dtype: torch.dtype) -> None:
+    with pytest.raises(FormatError, match="must be float32"):
+        encode_e2m1(torch.ones(4, dtype=dtype))
+
+
+def test_tracing_leaves_no_fake_table_behind() -> None:
+    codes = torch.arange(8, dtype=torch.uint8)
+    codes_module._scaled_pairs.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decode_codes(codes)
+    assert type(decode_codes(codes)) is torch.Tensor

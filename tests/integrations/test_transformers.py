@@ -109,6 +109,14 @@ def test_calibration_refuses(model: nn.Module) -> None:
         calibrate_model(model, [])
 
 
+def test_an_expert_that_was_not_reached_is_told_even_if_it_has_scales() -> None:
+    model = other_model(Mlp())
+    swap_shared_experts(model, input_scale=1.0, hidden_scale=1.0)
+    model.forward = lambda x: x
+    with pytest.raises(CalibrationError, match="none"):
+        calibrate_model(model, [torch.ones(1, 32)])
+
+
 def test_calibration_leaves_forward_alone_even_when_it_fails(model: nn.Module) -> None:
     handle = swap_shared_experts(model, activations="fp8")
     with pytest.raises(Exception, match="input_ids"):

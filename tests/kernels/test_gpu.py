@@ -108,7 +108,8 @@ def test_no_decoded_copy_of_the_weights_is_kept(activations: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     resident = torch.cuda.memory_allocated()
     expert(x)
-    assert torch.cuda.max_memory_allocated() - resident < values  # half of a bf16 copy
+    # Half of a bf16 copy; rounding tiles to e4m3 takes fp32 temporaries of a tile as well.
+    assert torch.cuda.max_memory_allocated() - resident < (2 if activations == "fp8" else 1) * values
 
 
 def test_moving_between_devices_keeps_every_byte() -> None:
@@ -117,3 +118,55 @@ def test_moving_between_devices_keeps_every_byte() -> None:
     after = expert.cpu().cuda().gate.to("cpu")
     assert torch.equal(before.codes, after.codes) and torch.equal(before.global_scale, after.global_scale)
     assert expert(torch.ones(2, 144, device="cuda")).device.type == "cuda"
+
+
+def test_the_fused_kernel_runs_on_many_streams_at_once() -> None:
+    """Launches on different streams wait for their own blocks only, also for the same layer; a mix-up would hang."""
+    mode = ("nvfp4", "per_token")
+    experts = [make((1024, 512), mode, "auto"), make((512, 1056), mode, "auto")]
+    inputs = [torch.randn(t, e.hidden_size, device="cuda", dtype=torch.bfloat16) for e in experts for t in (1, 8, 20)]
+    work = [(e, x) for e in experts for x in inputs if x.shape[1] == e.hidden_size]
+    expected = [e(x) for e, x in work]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    results: list[list[Tensor]] = [[] for _ in work]
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                for index, (expert, x) in enumerate(work):
+                    results[index].append(expert(x))
+    torch.cuda.synchronize()
+    for got, want_ in zip(results, expected, strict=True):
+        assert all(torch.equal(y, want_) for y in got)
+
+
+def test_graphs_replayed_at_once_do_not_meet() -> None:
+    expert = make((1024, 512), ("bf16", "dynamic"), "auto")
+    graphs, outs, x = [], [], torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+    expected = expert(x)
+    for _ in range(3):
+        graph, out = torch.cuda.CUDAGraph(), torch.empty_like(x)
+        with torch.cuda.graph(graph):
+            for _ in range(8):
+                expert(x, out=out)
+        graphs.append(graph)
+        outs.append(out)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m not in (("fp8", "dynamic"), ("nvfp4", "dynamic"))], ids=str)
+def test_a_tokens_result_does_not_depend_on_the_batch(mode: tuple[str, str]) -> None:
+    """Bit for bit, within the token range of one kernel."""
+    expert = make((1024, 512), mode, "auto")
+    if expert.backend == "torch":
+        pytest.skip("the vendor's GEMM chooses its order of summation by T")
+    x = torch.randn(48, 1024, device="cuda", dtype=torch.bfloat16)
+    alone = torch.cat([expert(row[None]) for row in x])
+    for tokens in (2, 7, 8, 9, 31, 48):
+        assert torch.equal(expert(x[:tokens]), alone[:tokens])

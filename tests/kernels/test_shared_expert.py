@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nvfp4_experts.errors import UnsupportedError
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
-from nvfp4_experts.kernels import ops, reference, torch_backend
+from nvfp4_experts.kernels import ops, reference, tiled, torch_backend
 from nvfp4_experts.kernels.dispatch import (
     ACTIVATION_SCALES,
     ACTIVATIONS,
@@ -44,9 +44,8 @@ def rel_l2(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-def backends_that_run(activations: str, hidden: int, intermediate: int) -> list[str]:
-    problem = Problem(hidden, intermediate, activations, target_of("cpu"))
-    return [name for name in BACKENDS if get_backend(name).refusal(problem) is None]
+# A backend that refuses one problem of the CPU refuses all: what it lacks is the machine.
+ON_CPU = [n for n in BACKENDS if get_backend(n).refusal(Problem(64, 32, "bf16", target_of("cpu"))) is None]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -54,7 +53,7 @@ def backends_that_run(activations: str, hidden: int, intermediate: int) -> list[
 def test_backend_matches_reference(activations: str, shape: tuple[int, int]) -> None:
     weights = make_expert(*shape)
     scales = torch.tensor(5.0 / 2688), torch.tensor(8.0 / 2688)
-    for backend in backends_that_run(activations, *shape):
+    for backend in ON_CPU:
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[0])
             for mode in ACTIVATION_SCALES if activations == "nvfp4" else ("dynamic",):
@@ -80,7 +79,7 @@ def test_backend_matches_reference(activations: str, shape: tuple[int, int]) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pack_and_unpack_are_inverse_byte_for_byte(backend: str) -> None:
     weights = make_expert(144, 80)
-    again = get_backend(backend).unpack(get_backend(backend).pack(*weights))
+    again = get_backend(backend).unpack(get_backend(backend).pack(*weights), 144, 80)
     for before, after in zip(weights, again, strict=True):
         assert torch.equal(before.codes, after.codes)
         assert torch.equal(before.block_scales.view(torch.uint8), after.block_scales.view(torch.uint8))
@@ -95,7 +94,7 @@ def test_weights_stay_packed(backend: str) -> None:
     assert resident <= 0.5625 * 3 * hidden * intermediate * 1.02
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_one_hot_rows_print_the_decoded_down_projection(backend: str) -> None:
     """h is made one-hot by the weights themselves, so the layer's output is a column of the decoded down matrix."""
     size = 64
@@ -111,7 +110,7 @@ def test_one_hot_rows_print_the_decoded_down_projection(backend: str) -> None:
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_every_code_and_block_scale_decodes_exactly(backend: str) -> None:
     """All 16 codes x 126 finite scale bytes through the kernel: one row per scale byte, one-hot x picks the code."""
     scale_bytes = torch.arange(1, 127, dtype=torch.uint8)
@@ -147,7 +146,7 @@ def test_reference_is_close_to_exact_math(activations: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.5, 2.0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_clamp_is_one_sided_for_gate_and_two_sided_for_up(backend: str, limit: float) -> None:
     eye = quantize(torch.eye(16))
     x = torch.linspace(-8, 8, 33)[:, None].expand(33, 16).contiguous()
@@ -158,7 +157,7 @@ def test_clamp_is_one_sided_for_gate_and_two_sided_for_up(backend: str, limit: f
     assert rel_l2(got, want) < 2.0**-8
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gate_and_up_keep_their_own_global_scales(backend: str) -> None:
     gate, up, down = make_expert(64, 64)
     doubled = Nvfp4Tensor(up.codes, up.block_scales, up.global_scale * 2)
@@ -169,13 +168,13 @@ def test_gate_and_up_keep_their_own_global_scales(backend: str) -> None:
 
 def test_torch_backend_decodes_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    decode = torch_backend.decode_blocks
+    decode = tiled.decode_blocks
 
     def spy(codes: Tensor, *rest: object) -> Tensor:
         seen.append(codes.numel() * 2)
         return decode(codes, *rest)
 
-    monkeypatch.setattr(torch_backend, "decode_blocks", spy)
+    monkeypatch.setattr(tiled, "decode_blocks", spy)
     monkeypatch.setattr(torch_backend, "TILE_VALUES", 4096)
     weights = make_expert(256, 144)
     x = torch.randn(3, 256)

@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from tests.tolerances import NVFP4_OF_GAUSSIAN
 from torch import Tensor
 
-from nvfp4_experts.errors import CalibrationError, InputError, LayoutError, Nvfp4Error, UnsupportedError
+from nvfp4_experts.errors import CalibrationError, FormatError, InputError, LayoutError, Nvfp4Error, UnsupportedError
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
+from tests.tolerances import NVFP4_OF_GAUSSIAN
 
 H, I = 96, 64  # noqa: E741
 MODES = [
@@ -379,3 +379,38 @@ def test_compiles_with_inductor() -> None:
         return x + expert(x * 2)
 
     torch.testing.assert_close(torch.compile(block, fullgraph=True)(x), block(x))
+
+
+class TestBadArguments:
+    @pytest.mark.parametrize("count", [0, -1, 8.5, "8", None])
+    def test_max_tokens(self, count: object) -> None:
+        with pytest.raises(InputError, match="max_tokens"):
+            make(max_tokens=count)
+
+    @pytest.mark.parametrize("limit", [-1, float("nan"), float("inf"), "ten", [], 10**400], ids=lambda x: str(x)[:5])
+    def test_swiglu_limit(self, limit: object) -> None:
+        with pytest.raises(InputError, match="swiglu_limit"):
+            make(swiglu_limit=limit)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda w: w[:0], "must be gate"),
+            (lambda w: w[..., :0], "K must be"),
+            (lambda w: w > 0, "must be bfloat16"),
+            (lambda w: w.to("meta"), "must hold values"),
+            (lambda w: w * float("nan"), "must be finite"),
+        ],
+    )
+    @pytest.mark.parametrize("which", [(0, 1, 2), (1,)], ids=["all", "up"])
+    def test_weights(self, change: object, message: str, which: tuple[int, ...]) -> None:
+        made = [change(w) if i in which else w for i, w in enumerate(weights())]
+        with pytest.raises((FormatError, LayoutError), match=message):
+            Nvfp4SharedExpert.from_weights(*made)
+
+
+def test_hooks_are_not_shared_with_another_activation_format() -> None:
+    expert, seen = make(), []
+    expert.with_activations("fp8").register_forward_hook(lambda *_: seen.append(1))
+    expert(torch.randn(2, H))
+    assert seen == []

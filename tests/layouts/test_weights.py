@@ -101,9 +101,12 @@ def test_from_k_major_is_the_inverse(leading: list[int], rows: int, half: int) -
     [
         (
             lambda: interleave_rows(torch.ones(8, 2), torch.ones(16, 2)),
-            "a and b: must have one shape and dtype, got (8, 2) torch.float32 and (16, 2) torch.float32",
+            "a and b: must have one shape, dtype and device, got (8, 2) torch.float32 on cpu and (16, 2) torch.float32",
         ),
-        (lambda: interleave_rows(torch.ones(8, 2), torch.ones(8, 2).int()), "a and b: must have one shape and dtype"),
+        (
+            lambda: interleave_rows(torch.ones(8, 2), torch.ones(8, 2).int()),
+            "a and b: must have one shape, dtype and device",
+        ),
         (
             lambda: interleave_rows(torch.ones(12, 2), torch.ones(12, 2)),
             "a: the number of rows must be a multiple of 8, got (12, 2)",
@@ -129,3 +132,14 @@ def test_refuses(call, message: str) -> None:
     with pytest.raises(LayoutError) as error:
         call()
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("granularity", [0, -8])
+def test_a_granularity_that_is_none(granularity: int) -> None:
+    with pytest.raises(LayoutError, match="granularity"):
+        interleave_rows(torch.ones(8, 2), torch.ones(8, 2), granularity)
+
+
+def test_interleaving_across_devices_is_refused() -> None:
+    with pytest.raises(LayoutError, match="one shape, dtype and device"):
+        interleave_rows(torch.ones(8, 2), torch.ones(8, 2, device="meta"))

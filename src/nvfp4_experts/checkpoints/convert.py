@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import ConversionRunningError, DiskFullError, OutputExistsError, OutputInsideSourceError
+from .errors import ConversionRunningError, DiskFullError, OutputExistsError, OutputInsideSourceError, UnsafePathError
 from .input_scales import InputScales
 from .plan import Options, Plan, ShardPlan, make_plan
 from .quant_config import build_configs
@@ -84,7 +84,7 @@ def convert(
         ConversionReport.
 
     Raises:
-        ValueError: an unknown dialect, experts or recipe.
+        InputError: an unknown dialect, experts or recipe.
         OutputExistsError, OutputInsideSourceError, ConversionRunningError, DiskFullError: the destination.
         NothingToConvertError, MixedOutputError, InputScalesError, NonFiniteWeightError, InexactCastError: the request.
         Any error of `open_checkpoint` and `ExpertEntry.check`: the source.
@@ -160,7 +160,14 @@ def _workplace(target: Path, plan: Plan) -> Iterator[Path]:
             raise ConversionRunningError(str(target), rule, "another is running", "wait for it or stop it") from held
         _check_target(target)  # another run may have finished between the first check and the lock
         lock.seek(0)
-        if lock.read() != plan.fingerprint:
+        fingerprint = lock.read()
+        if not fingerprint and place.exists():  # every conversion writes its fingerprint before it makes the directory
+            lock_path.unlink()
+            rule = "must not exist, unless an interrupted conversion left it"
+            raise OutputExistsError(
+                str(place), rule, "a directory of someone else's", "move it, or choose another name"
+            )
+        if fingerprint != plan.fingerprint:
             if place.exists():
                 shutil.rmtree(place)
             lock.truncate(0)
@@ -278,7 +285,9 @@ def _other_files(checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
             if path.suffix in _OTHER_WEIGHTS:
                 left_out.append(relative)
             else:
-                contained(checkpoint.directory, path)
+                if not contained(checkpoint.directory, path).is_file():
+                    rule = "must be a file, to be copied"
+                    raise UnsafePathError(relative, rule, "a link to nothing, or a device", "remove it")
                 copied.append(relative)
     return copied, left_out
 
@@ -291,7 +300,7 @@ def _copy_file(source: Path, target: Path) -> None:
 
 def _write_json(target: Path, content: object) -> None:
     with _whole_file(target) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="ascii")
 
 
 @contextmanager

@@ -43,7 +43,7 @@ Block = tuple[int, int]
 
 # --- names ------------------------------------------------------------------------------------------------
 
-_NUMBER = r"(0|[1-9][0-9]*)"
+NUMBER = r"(0|[1-9][0-9]{0,8})"  # longer ones are no layer and no expert
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class Naming:
 NAMINGS = (
     Naming(
         "official",
-        re.compile(rf"(?:model\.)?layers\.{_NUMBER}\.ffn\.(?:shared_experts|experts\.{_NUMBER})(?=\.)"),
+        re.compile(rf"(?:model\.)?layers\.{NUMBER}\.ffn\.(?:shared_experts|experts\.{NUMBER})(?=\.)"),
         {"w1": "gate", "w3": "up", "w2": "down"},
     ),
     Naming(
         "transformers",
         re.compile(
-            rf"(?:model\.)?(?:language_model\.)?layers\.{_NUMBER}\.mlp"
-            rf"\.(?:shared_experts?|experts\.{_NUMBER})(?=\.)"
+            rf"(?:model\.)?(?:language_model\.)?layers\.{NUMBER}\.mlp"
+            rf"\.(?:shared_experts?|experts\.{NUMBER})(?=\.)"
         ),
         {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"},
     ),
@@ -328,10 +328,9 @@ def recognize(prefix: str, found: Mapping[str, TensorInfo], declared_block: Bloc
     judged = []
     for layout in typed:
         info = found[layout.weight.suffix]
-        if len(info.shape) != 2:
-            raise WrongShapeError(
-                info.name, "a weight must be a matrix (N, K)", list(info.shape), "split fused experts"
-            )
+        if len(info.shape) != 2 or 0 in info.shape:
+            rule = "a weight must be a matrix (N, K) with values in it"
+            raise WrongShapeError(info.name, rule, list(info.shape), "split fused experts; export empty ones again")
         shape = (info.shape[0], info.shape[1] * layout.values_per_byte)
         judged.append((_faults(prefix, layout, found, shape), layout, shape))
     complete = [(layout, shape) for faults, layout, shape in judged if not faults]

@@ -10,31 +10,37 @@ Both in decode direction, amax / 2688: what calibration measures and what ModelO
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
 from pathlib import Path
 
 import torch
 
+from .dialects import NUMBER
 from .errors import InputScalesError
 from .safetensors_file import SafetensorsWriter, TensorSpec, read_header, read_tensor
 
 InputScales = dict[int, tuple[float, float]]
 
 _KINDS = ("input_scale", "hidden_scale")
-_NAME = re.compile(r"layers\.(0|[1-9][0-9]*)\.(input_scale|hidden_scale)")
+_NAME = re.compile(rf"layers\.{NUMBER}\.(input_scale|hidden_scale)")
 _METADATA = {"format": "nvfp4-experts input scales", "direction": "decode, amax / 2688"}
 
 
 def check_input_scales(what: str, scales: InputScales) -> InputScales:
-    """`scales` as Python floats, if every one is positive and finite in fp32."""
+    """`scales` as Python floats by layer number, if every one is positive and finite in fp32."""
     checked = {}
     for layer, pair in scales.items():
-        values = [torch.tensor(float(value), dtype=torch.float32).item() for value in pair]
-        if len(values) != 2 or not all(math.isfinite(value) and value > 0 for value in values):
-            rule = "each layer needs a positive, finite input_scale and hidden_scale"
-            raise InputScalesError(f"{what}: layer {layer}", rule, tuple(pair), "calibrate again")
-        checked[layer] = (values[0], values[1])
+        try:
+            number = operator.index(layer)
+            values = [torch.tensor(float(value), dtype=torch.float32).item() for value in pair]
+        except (TypeError, ValueError):
+            number, values = -1, []
+        if number < 0 or len(values) != 2 or not all(math.isfinite(value) and value > 0 for value in values):
+            rule = "must be {layer number: (input_scale, hidden_scale)}, both positive and finite"
+            raise InputScalesError(f"{what}: layer {layer}", rule, pair, "calibrate again")
+        checked[number] = (values[0], values[1])
     return checked
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..formats.fp8_block import Fp8BlockTensor
 from ..formats.mxfp4 import Mxfp4Tensor, mxfp4_to_nvfp4
 from ..formats.nvfp4 import Nvfp4Tensor
+from ..kernels.target import usable_device
 from ..layers.shared_expert import Nvfp4SharedExpert
 from .errors import MissingConfigError
 from .projections import load_projection, projection_input_scale
@@ -51,6 +52,7 @@ def load_shared_expert(
 
     Raises:
         MissingExpertError, MissingConfigError, SuspiciousScaleError, and the errors of `open_checkpoint`.
+        UnsupportedError: a device or backend that does not work here.
         FormatError: weights that hold NaN or infinity; MXFP4 whose exponents span more than the exact cast holds.
 
     Numerics: one tensor enters both gate and up, so if their input scales differ the larger one is used: it covers
@@ -58,6 +60,7 @@ def load_shared_expert(
 
     Cost: reads the layer's tensors and nothing else; FP8 weights are held as fp32 until they are quantised.
     """
+    device = usable_device(device)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
     entry = checkpoint.shared_expert(layer)
     if not checkpoint.config:

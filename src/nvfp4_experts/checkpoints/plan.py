@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .._version import __version__
+from ..errors import InputError
 from ..formats.nvfp4 import RECIPES
 from .dialects import NVFP4_LAYOUTS, OUTPUT_DIALECTS, Projection, output_specs
 from .errors import InputScalesError, NothingToConvertError
@@ -37,7 +38,9 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (("dialect", OUTPUT_DIALECTS), ("experts", EXPERTS), ("recipe", RECIPES)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+                rule, got = f"must be one of {', '.join(allowed)}", repr(getattr(self, name))
+                raise InputError(name, rule, got, "pick one of them")
+        object.__setattr__(self, "input_scales", check_input_scales("input_scales", self.input_scales))
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         WrongShapeError: a K that is not a multiple of 16.
         Any problem of a selected expert, as `ExpertEntry.check` raises it.
     """
-    scales = check_input_scales("input_scales", options.input_scales)
+    scales = options.input_scales
     if unknown := sorted(scales.keys() - set(checkpoint.layers)):
         rule = f"layers with a shared expert are {checkpoint.layers}"
         raise InputScalesError("input_scales", rule, f"layers {unknown}", "calibrate this checkpoint")

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dialects import PROJECTIONS, Block, ExpertName, Projection, parse_name, recognize
@@ -38,11 +39,13 @@ from .errors import (
     UnsafePathError,
     WrongShapeError,
 )
-from .safetensors_file import TensorInfo, parse_json, read_bounded, read_header, read_tensor
+from .safetensors_file import TensorInfo, is_text, parse_json, read_bounded, read_header, read_tensor
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 CONFIG_FILE, MODELOPT_CONFIG_FILE = "config.json", "hf_quant_config.json"
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md", "LICENSE*")
+_NAME_BYTES = 255  # what file systems take
+_FP32_MAX = torch.finfo(torch.float32).max
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -121,9 +124,9 @@ class Checkpoint:
         limit = _setting(self.config, "swiglu_limit")
         if limit is None or limit == 0:
             return None
-        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < float("inf"):
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= _FP32_MAX:
             raise InvalidConfigError(
-                "swiglu_limit", "must be a positive number, 0 or null", limit, "correct config.json"
+                "swiglu_limit", "must be a positive fp32 number, 0 or null", limit, "correct config.json"
             )
         return float(limit)
 
@@ -219,7 +222,8 @@ def _download(path: str | os.PathLike[str]) -> Path:
 
 def safe_path(directory: Path, name: str) -> Path:
     """The path of the file `name` in `directory`; a name or link that leads out of it raises `UnsafePathError`."""
-    if name in ("", ".", "..") or "\0" in name or Path(name).name != name or "\\" in name:
+    plain = name not in ("", ".", "..") and "\0" not in name and Path(name).name == name and "\\" not in name
+    if not plain or len(name.encode(errors="surrogatepass")) > _NAME_BYTES or not is_text(name):
         raise UnsafePathError(name[:200], "must be a plain file name", "a path", "do not trust this checkpoint")
     return contained(directory, directory / name)
 
@@ -238,13 +242,13 @@ def contained(directory: Path, path: Path) -> Path:
 
 def _find_shards(directory: Path) -> tuple[list[str], dict[str, str] | None]:
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.exists() and index.exists():
+    if single.is_file() and index.is_file():
         raise AmbiguousCheckpointError(
             str(directory), f"{SINGLE_FILE} or {INDEX_FILE}", "both", "remove the one not meant"
         )
-    if single.exists():
+    if single.is_file():
         return [SINGLE_FILE], None
-    if not index.exists():
+    if not index.is_file():
         rule = f"must hold {SINGLE_FILE} or {INDEX_FILE}"
         raise NotACheckpointError(
             str(directory), rule, "neither", "pass the checkpoint's own directory, or one .safetensors file"
@@ -273,6 +277,8 @@ def _check_index(index: dict[str, str], tensors: dict[str, TensorInfo]) -> None:
 def _read_config(directory: Path, name: str) -> dict[str, Any]:
     if not (directory / name).exists():
         return {}
+    if not (directory / name).is_file():
+        raise InvalidConfigError(name, "must be a file", "a directory or device", "put the original's there")
     return parse_json(name, read_bounded(safe_path(directory, name)), InvalidConfigError)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .errors import (
     DuplicateTensorError,
     HeaderTooLargeError,
@@ -109,6 +110,11 @@ def parse_json(what: str, text: bytes, error: type[InvalidHeaderError] | Any) ->
     return made
 
 
+def is_text(name: str) -> bool:
+    """Whether a name out of JSON can be written again: a lone surrogate, which JSON can spell, cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def read_bounded(path: Path) -> bytes:
     """The bytes of a small file (an index, a config), refused beyond `MAX_HEADER_BYTES`."""
     with open(path, "rb") as file:
@@ -125,13 +131,14 @@ def _parse_entry(what: str, name: str, entry: Any, shard: str, data_start: int) 
         return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
     fits = (
-        isinstance(entry, dict)
+        is_text(name)
+        and isinstance(entry, dict)
         and entry.keys() == {"dtype", "shape", "data_offsets"}
         and isinstance(entry["dtype"], str)
     )
     if not (fits and natural(entry["shape"]) and natural(entry["data_offsets"]) and len(entry["data_offsets"]) == 2):
-        rule = "each entry must be {dtype: text, shape: [n, ...], data_offsets: [a, b]}"
-        raise InvalidHeaderError(f"{what}: {name}", rule, str(entry)[:200], "write the file again")
+        rule = "each entry must be name: {dtype: text, shape: [n, ...], data_offsets: [a, b]}"
+        raise InvalidHeaderError(f"{what}: {name!a}", rule, str(entry)[:200], "write the file again")
     a, b = entry["data_offsets"]
     info = TensorInfo(name, entry["dtype"], tuple(entry["shape"]), shard, data_start + a, data_start + b)
     if (expected := tensor_bytes(f"{what}: {name}", info.dtype, info.shape)) != b - a:
@@ -215,7 +222,8 @@ def read_tensor(path: Path, info: TensorInfo, rows: tuple[int, int] | None = Non
     start, stop, shape = info.start, info.stop, info.shape
     if rows is not None:
         if not shape or not 0 <= rows[0] <= rows[1] <= shape[0]:
-            raise IndexError(f"{info.name}: rows {rows[0]}..{rows[1]} of a tensor {list(shape)}")
+            rule = f"rows must lie in 0..{shape[0] if shape else 0}, the first not behind the last"
+            raise InputError(info.name, rule, f"{rows[0]}..{rows[1]} of a tensor {list(shape)}", "look at its shape")
         row_bytes = info.nbytes // shape[0] if shape[0] else 0
         start, stop, shape = (
             start + rows[0] * row_bytes,
@@ -259,7 +267,7 @@ def layout_header(specs: Iterable[TensorSpec], metadata: dict[str, str]) -> tupl
             "data_offsets": [end, end + spec.nbytes],
         }
         end += spec.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     first = len(text).to_bytes(8, "little") + text
     return first, {name: start + len(first) for name, start in starts.items()}

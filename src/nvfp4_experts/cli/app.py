@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from .._version import __version__
 from ..errors import Nvfp4Error
-from . import inspect, quantize, render, run, verify
+from . import bench, inspect, quantize, render, run, verify
 
 EXIT_CHECK_FAILED = 1
 EXIT_INPUT = 2
@@ -59,7 +59,7 @@ def _options(
     pass
 
 
-for _module in (quantize, inspect, run, verify):
+for _module in (quantize, inspect, run, verify, bench):
     app.command(_module.NAME, cls=Command, help=_module.HELP, epilog=_module.EXAMPLE)(_module.command)
 
 

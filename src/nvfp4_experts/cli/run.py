@@ -61,7 +61,7 @@ def command(
     check_output(output, force)
 
     import torch
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from ..diagnostics.hidden_states import load_hidden_states, synthetic_hidden_states
     from ..diagnostics.run import load_layer, run_layer
@@ -82,7 +82,7 @@ def command(
     y, report = run_layer(loaded, x, warmup=warmup, repeat=repeat)
     if output is not None:
         with whole_file(output) as partial:
-            save_file({"y": y.cpu().contiguous()}, partial)
+            partial.write_bytes(save({"y": y.cpu().contiguous()}))
     if as_json:
         render.print_json({**report.to_dict(), "saved": str(output) if output else None})
     else:

@@ -17,6 +17,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from typing import Any
 
 from ..checkpoints.dialects import parse_name
@@ -185,9 +186,10 @@ def _missing_expert(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     for layer, indices in sorted(found.items()):
         routed = {index for index in indices if index is not None}
         expected = declared if isinstance(declared, int) else max(routed, default=-1) + 1
-        missing = sorted(set(range(expected)) - routed)
-        if routed and missing:
-            yield f"layer {layer}", f"{len(missing)} of {expected} routed experts are missing, first {missing[0]}"
+        missing = expected - sum(index < expected for index in routed)  # numbers may be huge: no set of them all
+        if routed and missing > 0:
+            first = next(index for index in count() if index not in routed)
+            yield f"layer {layer}", f"{missing} of {expected} routed experts are missing, first {first}"
         if None not in indices and config.get("n_shared_experts"):
             yield f"layer {layer}", "the shared expert is missing"
 

@@ -24,10 +24,12 @@ def synthetic_hidden_states(tokens: int, hidden: int, seed: int = 0, dtype: torc
     """Draw (tokens, hidden) values of N(0, 1) on the CPU; the same seed gives the same values everywhere.
 
     Raises:
-        InputError: a negative count of tokens.
+        InputError: a negative count of tokens, or a seed of more than 64 bits.
     """
     if tokens < 0:
         raise InputError("tokens", "must be 0 or more", tokens, "give the number of rows to draw")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError("seed", "must fit 64 bits", seed, "use a smaller one")
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tokens, hidden, generator=generator).to(dtype)
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field
 
 from ..checkpoints.errors import HubError, NotACheckpointError
 from ..checkpoints.reader import Checkpoint, ExpertEntry, open_checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 from .anomalies import CHECKPOINT_RULES, EXPERT_RULES, MODULE_RULES, SEVERITIES, Anomaly, from_error
 from .facts import ModuleFacts, gather
 
@@ -99,6 +99,7 @@ def inspect_checkpoint(
 
     Raises:
         NotACheckpointError, HubError: there is nothing to inspect.
+        InputError: a layer that has no expert.
 
     Cost: reads headers, every scale of the chosen experts, and a row block of each one's codes.
     """
@@ -110,6 +111,9 @@ def inspect_checkpoint(
         raise
     except CheckpointError as error:
         return InspectionReport(str(path), anomalies=[from_error(error)])
+    known = sorted({entry.layer for entry in checkpoint.experts})
+    if absent := sorted(set(layers or ()) - set(known)):
+        raise InputError("layers", f"must have experts, as {known} do", absent, "choose from these")
     modules: list[ModuleFacts] = []
     anomalies = [anomaly for rule in CHECKPOINT_RULES for anomaly in rule.check(checkpoint)]
     for done, entry in enumerate(experts):

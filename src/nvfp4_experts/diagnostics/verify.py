@@ -26,6 +26,7 @@ from ..checkpoints.reader import Checkpoint, ExpertEntry, open_checkpoint
 from ..errors import CheckpointError, InputError
 from ..formats.nvfp4 import Nvfp4Tensor
 from ..kernels.reference import swiglu
+from ..kernels.target import usable_device
 from ..layers.shared_expert import Nvfp4SharedExpert
 from .diagnosis import diagnose
 from .hidden_states import synthetic_hidden_states
@@ -164,9 +165,11 @@ def verify_checkpoint(
     Raises:
         CheckpointError: either cannot be read, or the original lacks an expert that the checkpoint has.
         InputError: nothing selected, or hidden states that do not fit.
+        UnsupportedError: a device or backend that does not work here.
 
     Cost: one expert at a time; at its peak about 20 bytes per weight of that expert.
     """
+    usable_device(device)
     ours, theirs = open_checkpoint(checkpoint), open_checkpoint(original)
     chosen = _choose(ours, layers, experts, sample)
     truths = {(entry.layer, entry.kind, entry.index): entry for entry in theirs.experts}

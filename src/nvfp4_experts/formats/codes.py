@@ -44,11 +44,16 @@ def encode_e2m1(x: Tensor) -> Tensor:
     Returns:
         uint8 of the same shape, one code 0..15 per value.
 
+    Raises:
+        FormatError: another dtype; its bits mean something else.
+
     Numerics: infinities saturate (codes 7 and 15); -0 and negatives that round to zero give code 8; NaN gives code 7
         whatever its sign bit, so a caller that must keep NaN carries it in a scale.
     Cost: elementwise, no sync; temporaries of three times x, so feed a large tensor in tiles.
     Source: OCP Microscaling Formats 1.0, 5.3.3; the result equals PTX `cvt.rn.satfinite.e2m1x2.f32`.
     """
+    if x.dtype != torch.float32:
+        raise FormatError("x", "must be float32", x.dtype, "cast it with .float()")
     bits = x.view(torch.int32)
     magnitude = (bits & 0x7FFF_FFFF).clamp_(max=0x40C0_0000)  # min(|x|, 6) as integers, where NaN sorts above 6
     power = (magnitude & 0x7F80_0000).clamp_(min=0x3F80_0000)  # p: the exponent field alone, at least that of 1
@@ -80,7 +85,7 @@ def unpack_codes(packed: Tensor) -> Tensor:
 
 def decode_codes(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of packed codes: (..., K/2) bytes to (..., K) values of `dtype` (bf16, fp16 or fp32)."""
-    table = _scaled_pairs(dtype, packed.device)[_E4M3_ONE << 8 : (_E4M3_ONE + 1) << 8]
+    table = _pair_table(packed, dtype)[_E4M3_ONE << 8 : (_E4M3_ONE + 1) << 8]
     values = table.index_select(0, packed.flatten().int()).view(dtype)
     return values.view(*packed.shape[:-1], 2 * packed.shape[-1])
 
@@ -117,8 +122,16 @@ def decode_blocks(codes: Tensor, block_scales: Tensor, dtype: torch.dtype = torc
         )  # fmt: skip
     blocks = codes.reshape(*block_scales.shape, BLOCK_SIZE // 2)
     index = blocks + (block_scales.view(torch.uint8).int() << 8).unsqueeze(-1)
-    values = _scaled_pairs(dtype, codes.device).index_select(0, index.flatten()).view(dtype)
+    values = _pair_table(codes, dtype).index_select(0, index.flatten()).view(dtype)
     return values.view(*leading, 2 * half)
+
+
+def _pair_table(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """`_scaled_pairs` for the device of codes; a fake one, made while a program is traced, is not kept."""
+    table = _scaled_pairs(dtype, codes.device)
+    if type(table) is not Tensor:
+        _scaled_pairs.cache_clear()
+    return table
 
 
 @lru_cache(maxsize=32)

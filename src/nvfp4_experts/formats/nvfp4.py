@@ -23,7 +23,15 @@ from ..errors import FormatError
 from .codes import AMAX_FLOOR, BLOCK_SIZE, decode_blocks, encode_e2m1, pack_codes
 from .recipes import RECIPES, find_recipe, global_scales_from_amax
 
-__all__ = ["RECIPES", "Nvfp4Tensor", "decode_blocks", "global_scale_from_amax", "quantize", "reciprocal_scale"]
+__all__ = [
+    "RECIPES",
+    "Nvfp4Tensor",
+    "decode_blocks",
+    "global_scale_from_amax",
+    "joint_amax",
+    "quantize",
+    "reciprocal_scale",
+]
 
 # On a CPU a tile stays just under the 2^15 values from which torch splits one operation over threads: the tile's
 # passes then stay in the cache, and no thread waits at a barrier for one that the machine has taken away.
@@ -154,7 +162,8 @@ def quantize(w: Tensor, recipe: str = "modelopt", amax: Tensor | float | None = 
 
     Raises:
         FormatError: NaN or infinity in w (with their number and the first place), K not a multiple of 16, another
-            dtype, an unknown recipe, an amax that is negative, not finite, or zero although w is not.
+            dtype, no values (the meta device), an unknown recipe, an amax that is negative, not finite, or zero
+            although w is not.
 
     Numerics: bit for bit the oracle package of the recipe. A tensor whose amax is below AMAX_FLOOR (2^-100) counts as
         zero: global scale 1, codes 0, and the scale byte that the recipe gives to a zero block. -0 keeps its sign
@@ -185,6 +194,13 @@ def quantize(w: Tensor, recipe: str = "modelopt", amax: Tensor | float | None = 
         block_scales[tile] = rule.block_scales(values.abs().amax(-1), g, s)
         codes[tile] = pack_codes(encode_e2m1(rule.quotients(values, block_scales[tile].float(), g, s)))
     return Nvfp4Tensor(codes.view(code_shape), block_scales.view(scale_shape), s)
+
+
+def joint_amax(*weights: Tensor) -> float:
+    """The largest magnitude among weights that are to share one global scale; raises what `quantize` raises of each."""
+    for w in weights:
+        _check_source(w)
+    return max(_finite_amax(w) for w in weights)
 
 
 def _finite_amax(w: Tensor) -> float:
@@ -223,6 +239,8 @@ def _check_source(w: Tensor) -> None:
         raise FormatError(
             "w", "must be bfloat16, float16 or float32", w.dtype, "decode it or cast it with .float() first"
         )
+    if w.is_meta:
+        raise FormatError("w", "must hold values", "a tensor on the meta device", "load the weights first")
     if w.ndim == 0 or w.shape[-1] == 0 or w.shape[-1] % BLOCK_SIZE:
         raise FormatError("w", "K must be a positive multiple of 16", tuple(w.shape), "pad K with zeros, in x as well")
 

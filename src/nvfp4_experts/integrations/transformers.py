@@ -49,9 +49,10 @@ class SwapHandle:
 
     def set_activations(self, activations: str, activation_scale: str | None = None) -> None:
         """Change the activation format of every swapped expert; weights stay where they are."""
-        for name, expert in self.experts.items():
-            self.experts[name] = expert.with_activations(activations, activation_scale)
-            self.model.set_submodule(name, self.experts[name])
+        changed = {name: e.with_activations(activations, activation_scale) for name, e in self.experts.items()}
+        for name, expert in changed.items():
+            self.model.set_submodule(name, expert)
+        self.experts.update(changed)
 
     def restore(self) -> None:
         """Put the original modules back."""
@@ -149,26 +150,29 @@ def calibrate_model(
     experts = {name: m for name, m in model.named_modules() if isinstance(m, Nvfp4SharedExpert)}
     if not experts:
         raise InputError("model", "must have NVFP4 shared experts", "none", "call swap_shared_experts first")
-    seen = 0
+    reached: set[str] = set()
     try:
-        for expert in experts.values():
-            expert.forward = _calibrating(expert, percentile)  # type: ignore[method-assign]
+        for name, expert in experts.items():
+            expert.forward = _calibrating(name, expert, percentile, reached)  # type: ignore[method-assign]
         for batch in batches:
-            seen += 1
             model(**batch) if isinstance(batch, Mapping) else model(batch)
     finally:
         for expert in experts.values():
             del expert.forward
-    scales = {layer_number(name): (expert.input_scale, expert.hidden_scale) for name, expert in experts.items()}
-    blind = [layer for layer, pair in scales.items() if None in pair]
-    if not seen or blind:
-        got = f"layers {blind} unseen" if seen else "none"
+    if blind := sorted(experts.keys() - reached):  # also one that has scales already, from a checkpoint
+        got = f"{blind} unseen" if reached else "none"
         raise CalibrationError("batches", "must reach every shared expert", got, "give batches of real text")
+    scales = {layer_number(name): (expert.input_scale, expert.hidden_scale) for name, expert in experts.items()}
     return scales  # type: ignore[return-value]
 
 
-def _calibrating(expert: Nvfp4SharedExpert, percentile: float | None) -> Any:
-    return lambda x: expert.calibrate(x, percentile)
+def _calibrating(name: str, expert: Nvfp4SharedExpert, percentile: float | None, reached: set[str]) -> Any:
+    def calibrate(x: torch.Tensor) -> torch.Tensor:
+        y = expert.calibrate(x, percentile)
+        reached.add(name)
+        return y
+
+    return calibrate
 
 
 def _unfit(module: nn.Module) -> str | None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import UnsupportedError
@@ -23,7 +25,7 @@ ACTIVATIONS = ("nvfp4", "fp8", "bf16")
 ACTIVATION_SCALES = ("static", "dynamic", "per_token")
 
 # Preference order of "auto": the first that does not refuse. Modules load on first use.
-_MODULES = {"torch": "torch_backend"}
+_MODULES = {"sm90": "sm90.backend", "torch": "torch_backend"}
 BACKENDS = tuple(_MODULES)
 
 
@@ -66,8 +68,11 @@ class Backend(Protocol):
     def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
         """Weights in the form the kernel reads, by name; order is the order `shared_expert` takes them in."""
 
-    def unpack(self, weights: dict[str, Tensor]) -> tuple[Nvfp4Tensor, Nvfp4Tensor, Nvfp4Tensor]:
-        """gate, up, down from what `pack` made, byte for byte."""
+    def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Tensor, ...]:
+        """gate, up, down from what `pack` made, byte for byte (codes under a zero scale may lose their magnitude)."""
+
+    def prepare(self, problem: Problem, device: torch.device) -> None:
+        """Do what the first call would otherwise have to: compile, load, allocate. Nothing is left for a capture."""
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H) of the same dtype."""

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from ..formats.nvfp4 import Nvfp4Tensor
+from . import tiled
 from .dispatch import Call, get_backend
+
+_CALIBRATION_TILE = 1 << 20
 
 
 @torch.library.custom_op("nvfp4_experts::shared_expert", mutates_args=())
@@ -66,12 +69,10 @@ def _(x, weights, input_scale, hidden_scale, swiglu_limit, activations, activati
 def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: float) -> Tensor:
     """h = silu(min(gate, L)) * clamp(up, -L, L), (T, I) fp32, with bf16 activations.
 
-    What enters the down projection, before any rounding; calibration reads its range. Runs the torch backend on any
-    device: calibration is offline.
+    What enters the down projection, before any rounding; calibration reads its range. Plain torch on any device:
+    calibration is offline.
     """
-    from . import torch_backend
-
-    weights = list(torch_backend.BACKEND.pack(gate, up, gate).values())[:3]
     call = Call(swiglu_limit, "bf16", "dynamic")
-    values, scale = torch_backend.enter(x, call, None)
-    return torch_backend.intermediate(values, scale, weights, swiglu_limit, "bf16", torch.float32)
+    values, scale = tiled.enter(x, call, None)
+    weights = tiled.tiles_of(gate, up, gate, _CALIBRATION_TILE)
+    return tiled.intermediate(values, scale, weights, gate.shape[0], call, torch.float32)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UnsupportedError
+
 
 @dataclass(frozen=True)
 class Target:
@@ -20,11 +22,13 @@ class Target:
         device_type: "cpu", "cuda", or whatever torch calls it.
         name: what a person would call it.
         capability: CUDA compute capability (major, minor); None elsewhere.
+        multiprocessors: how many the GPU has; None elsewhere.
     """
 
     device_type: str
     name: str
     capability: tuple[int, int] | None = None
+    multiprocessors: int | None = None
 
     @property
     def has_native_fp4(self) -> bool:
@@ -35,6 +39,21 @@ class Target:
     def has_bf16_matmul_with_fp32_result(self) -> bool:
         """torch.mm takes bf16 operands and returns the fp32 sum unrounded."""
         return self.capability is not None and self.capability >= (8, 0)
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of that name, if a value can be put on it and read back.
+
+    Raises:
+        UnsupportedError: no such device, one that this torch or machine lacks, or one without values (meta).
+    """
+    try:
+        made = torch.device(device)
+        torch.ones((), device=made).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as bad:  # torch has no one error for this
+        got = str(bad).partition("\n")[0]
+        raise UnsupportedError(f"device {str(device)!r}", "must be one that works here", got, 'use "cpu"') from bad
+    return made
 
 
 def target_of(device: torch.device | str) -> Target:
@@ -48,4 +67,5 @@ def _target(device_type: str, index: int | None) -> Target:
     if device_type != "cuda":
         return Target(device_type, device_type)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-    return Target("cuda", properties.name, (properties.major, properties.minor))
+    capability = (properties.major, properties.minor)
+    return Target("cuda", properties.name, capability, properties.multi_processor_count)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import CalibrationError, FormatError, InputError, LayoutError
 from ..formats.codes import BLOCK_SIZE
-from ..formats.nvfp4 import Nvfp4Tensor, quantize
+from ..formats.nvfp4 import Nvfp4Tensor, joint_amax, quantize
 from ..kernels import ops
 from ..kernels.dispatch import ACTIVATION_SCALES, ACTIVATIONS, Problem, choose_backend, get_backend
 from ..kernels.target import target_of
@@ -82,8 +82,10 @@ class Nvfp4SharedExpert(nn.Module):
         _check_weights(gate, up, down)
         self.intermediate_size, self.hidden_size = gate.shape
         self.swiglu_limit = _checked_limit(swiglu_limit)
-        if max_tokens < 1:
-            raise InputError("max_tokens", "must be at least 1", max_tokens, "give the largest batch you will send")
+        if not isinstance(max_tokens, int) or max_tokens < 1:
+            raise InputError(
+                "max_tokens", "must be an integer of at least 1", max_tokens, "give the largest batch you will send"
+            )
         self.max_tokens = max_tokens
         self._backend_choice = backend
         self._set_activations(activations, activation_scale, gate.device)
@@ -114,9 +116,9 @@ class Nvfp4SharedExpert(nn.Module):
         """
         amax = None
         if not isinstance(gate, Nvfp4Tensor) and not isinstance(up, Nvfp4Tensor):
-            amax = torch.maximum(gate.detach().abs().amax().float(), up.detach().abs().amax().float())
+            amax = joint_amax(gate, up)
 
-        def as_nvfp4(w: Tensor | Nvfp4Tensor, amax: Tensor | None = None) -> Nvfp4Tensor:
+        def as_nvfp4(w: Tensor | Nvfp4Tensor, amax: float | None = None) -> Nvfp4Tensor:
             return w if isinstance(w, Nvfp4Tensor) else quantize(w.detach(), recipe, amax)
 
         return cls(as_nvfp4(gate, amax), as_nvfp4(up, amax), as_nvfp4(down), **options)
@@ -191,11 +193,14 @@ class Nvfp4SharedExpert(nn.Module):
             InputError, UnsupportedError: as the class.
         """
         other = copy.copy(self)
-        other._buffers = dict(self._buffers)
+        # Hooks, buffers and what else nn.Module keeps in dictionaries become the new module's own.
+        other.__dict__.update({name: copy.copy(v) for name, v in vars(self).items() if isinstance(v, dict)})
         device = self._weights()[0].device
         other._set_activations(activations, activation_scale or self.activation_scale, device)
         if other._choose(device) != self.backend:
             other._set_weights(*self._projections())
+        else:
+            other._prepare(device)
         return other
 
     @property
@@ -246,9 +251,11 @@ class Nvfp4SharedExpert(nn.Module):
             )
         self.activations, self.activation_scale = activations, activation_scale
 
+    def _problem(self, device: torch.device) -> Problem:
+        return Problem(self.hidden_size, self.intermediate_size, self.activations, target_of(device))
+
     def _choose(self, device: torch.device) -> str:
-        problem = Problem(self.hidden_size, self.intermediate_size, self.activations, target_of(device))
-        return choose_backend(self._backend_choice, problem).name
+        return choose_backend(self._backend_choice, self._problem(device)).name
 
     def _set_weights(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> None:
         """Pack for the backend that fits the weights' device, replacing what was packed before."""
@@ -259,12 +266,18 @@ class Nvfp4SharedExpert(nn.Module):
         self.backend, self._packed_names = backend, tuple(packed)
         for name, tensor in packed.items():
             self.register_buffer(name, tensor, persistent=False)
+        self._prepare(gate.device)
+
+    def _prepare(self, device: torch.device) -> None:
+        get_backend(self.backend).prepare(self._problem(device), device)
 
     def _weights(self) -> list[Tensor]:
         return [self._buffers[name] for name in self._packed_names]  # type: ignore[misc]
 
     def _projections(self) -> tuple[Nvfp4Tensor, Nvfp4Tensor, Nvfp4Tensor]:
-        return get_backend(self.backend).unpack(dict(zip(self._packed_names, self._weights(), strict=True)))
+        packed = dict(zip(self._packed_names, self._weights(), strict=True))
+        gate, up, down = get_backend(self.backend).unpack(packed, self.hidden_size, self.intermediate_size)
+        return gate, up, down
 
     def _check_call(self, x: Tensor, out: Tensor | None, needs_static: bool = True) -> None:
         if x.shape[-1:] != (self.hidden_size,):
@@ -381,10 +394,13 @@ def _check_weights(gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> Non
 
 
 def _checked_limit(limit: float | None) -> float:
-    limit = 0.0 if limit is None else float(limit)
-    if not math.isfinite(limit) or limit < 0:
+    try:
+        number = 0.0 if limit is None else float(limit)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
         raise InputError("swiglu_limit", "must be finite and >= 0", limit, "0 or None turns the clamp off")
-    return limit
+    return number
 
 
 def _checked_scale(name: str, scale: float | Tensor | None, device: torch.device) -> Tensor | None:

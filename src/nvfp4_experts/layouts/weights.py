@@ -32,11 +32,12 @@ def interleave_rows(a: Tensor, b: Tensor, granularity: int = GRANULARITY) -> Ten
         New tensor (..., 2I, C).
 
     Raises:
-        LayoutError: shapes or dtypes that differ, or an I that is not a multiple of granularity.
+        LayoutError: shapes, dtypes or devices that differ, or an I that is not a multiple of granularity.
     """
-    if a.shape != b.shape or a.dtype != b.dtype:
+    kinds = [f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (a, b)]
+    if kinds[0] != kinds[1]:
         raise LayoutError(
-            "a and b", "must have one shape and dtype", f"{tuple(a.shape)} {a.dtype} and {tuple(b.shape)} {b.dtype}",
+            "a and b", "must have one shape, dtype and device", " and ".join(kinds),
             "interleave tensors of the same projection size",
         )  # fmt: skip
     groups = _row_groups("a", a, granularity)
@@ -98,6 +99,8 @@ def from_k_major(k_major: Tensor) -> Tensor:
 
 def _row_groups(name: str, tensor: Tensor, rows: int) -> int:
     _check_matrix(name, tensor)
+    if rows < 1:
+        raise LayoutError("granularity", "must be at least 1", rows, "use the default, 8")
     if tensor.shape[-2] % rows:
         raise LayoutError(
             name, f"the number of rows must be a multiple of {rows}", tuple(tensor.shape), "pad with rows of zeros"

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`nvfp4-experts bench`: this layer and its peers on the same work, next to the floor that the machine sets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import InputError
+from . import render
+from .files import check_output, whole_file
+from .options import ActivationScale, Backend, Force
+
+if TYPE_CHECKING:
+    from ..diagnostics.bench.report import BenchReport, Row
+
+NAME = "bench"
+HELP = "Time one shared expert next to its peers, and both next to the floor that this machine sets."
+EXAMPLE = "Example: [bold]nvfp4-experts bench --shape V4-Pro --tokens 1,16,64 --picture bench.png[/]"
+
+_QUICK_TOKENS, _QUICK_SECONDS = "1,64", 5.0
+
+
+def command(
+    shape: Annotated[str, typer.Option(help="V4-Pro, V4-Flash, V4.1-Flash, or HxI.")] = "V4-Flash",
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Numbers of tokens.", show_default="1,16,64,128,256,512,1024,8192; on a CPU 1,4,16,64"),
+    ] = None,
+    activations: Annotated[str, typer.Option(help="Activation formats of this layer.")] = "bf16,fp8,nvfp4",
+    activation_scale: Annotated[
+        ActivationScale, typer.Option(help="Where nvfp4 activations get their global scale.")
+    ] = "dynamic",
+    backend: Backend = "auto",
+    device: Annotated[
+        str | None, typer.Option(help="Torch device.", show_default="cuda where there is one, else cpu")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for samples; building and checking come on top.")] = 30.0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"Tokens {_QUICK_TOKENS} and {_QUICK_SECONDS:g} seconds.")
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report as JSON to this file.", show_default=False)
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the rows as CSV to this file.", show_default=False)
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw time against tokens: .png, .svg or .pdf.", show_default=False)
+    ] = None,
+    force: Force = False,
+) -> None:
+    for path in (json_file, csv_file, picture):
+        check_output(path, force)
+    if quick:
+        tokens, seconds = tokens or _QUICK_TOKENS, _QUICK_SECONDS
+
+    from ..diagnostics.bench.measure import PEERS, bench, our_candidates
+    from ..diagnostics.bench.picture import draw_bench
+    from ..diagnostics.bench.work import find_work
+    from ..diagnostics.picture import check_plotting
+
+    if picture is not None:
+        check_plotting()
+    with render.progress(as_json=False, in_bytes=False) as progress:
+        report = bench(
+            find_work(shape),
+            (*our_candidates(_words(activations), activation_scale, _words(backend)), *PEERS),
+            tokens=_numbers(tokens) if tokens is not None else None,
+            device=device,
+            seconds=seconds,
+            command=" ".join(["nvfp4-experts", *sys.argv[1:]]),
+            progress=progress,
+        )
+    _print(report)
+    if json_file is not None:
+        with whole_file(json_file) as partial:
+            partial.write_text(render.json_text(report.to_dict()) + "\n", encoding="utf-8")
+    if csv_file is not None:
+        with whole_file(csv_file) as partial:
+            report.write_csv(partial)
+    if picture is not None:
+        with whole_file(picture) as partial:
+            draw_bench(report, partial)
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(text: str) -> list[int]:
+    words = _words(text)
+    if not words or not all(word.isdecimal() for word in words):
+        raise InputError("--tokens", "must be whole numbers with commas between them", repr(text), "try 1,16,64")
+    return [int(word) for word in words]
+
+
+def _print(report: BenchReport) -> None:
+    out = render.console()
+    machine, ceilings = report.machine, report.ceilings
+    software = {"torch": machine.torch, "CUDA": machine.cuda, "driver": machine.driver, **machine.packages}
+    out.print(
+        render.facts(
+            {
+                "work": f"one shared expert, {report.shape}: H {report.hidden_size}, I {report.intermediate_size}",
+                "machine": f"{machine.device}, {machine.threads} CPU threads",
+                "software": ", ".join(f"{name} {version}" for name, version in software.items() if version),
+                "date": report.date,
+                "ceilings": f"read {render.size(int(ceilings.read_bytes_per_second))}/s ({ceilings.read_by}), "
+                f"matmul {ceilings.matmul_flop_per_second / 1e12:.3g} TFLOP/s ({ceilings.matmul_by})",
+                "weights": f"each candidate cycles through {render.size(report.rotation_bytes)} or more of its own",
+            }
+        )
+    )
+    checks = render.table("Checks", ("candidate", "what runs", "outcome"), ("weights", "copies", "rel-L2", "bound"))
+    for name in report.candidates:
+        checks.add_row(*_check_row(report.of(name)))
+    out.print(checks)
+    timed = [name for name in report.candidates if any(row.status == "timed" for row in report.of(name))]
+    times = render.table("Median µs per call, and how many times the floor", (), ("tokens", "floor", *timed))
+    for count in report.tokens:
+        rows = [row for name in timed for row in report.of(name) if row.tokens == count]
+        times.add_row(str(count), _digits(rows[0].floor_us), *map(_time, rows))
+    if timed:
+        out.print(times)
+
+
+def _check_row(rows: tuple[Row, ...]) -> list[str]:
+    """One candidate over all numbers of tokens: the worst error, and every reason with the tokens it is about."""
+    first = rows[0]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.reason is not None:
+            reasons.setdefault(row.reason, []).append(str(row.tokens))
+    outcome = "[green]right[/]"
+    if first.status == "failed":
+        outcome = f"[bold red]FAILED[/]: {_text(first.reason)}"
+    elif reasons:
+        some = len(next(iter(reasons.values()))) < len(rows)
+        outcome = "; ".join(
+            f"{_text(reason)}" + (f" ({', '.join(counts)} tokens)" if some else "")
+            for reason, counts in reasons.items()
+        )
+    errors = [row.rel_l2 for row in rows if row.rel_l2 is not None]
+    worst = max(errors, key=lambda error: (error != error, error), default=None)
+    weights = "–" if first.resident_bytes is None else render.size(first.resident_bytes)
+    copies = str(first.copies or "–")
+    return [first.candidate, first.detail, outcome, weights, copies, render.number(worst), render.number(first.bound)]
+
+
+def _text(reason: str | None) -> str:
+    return (reason or "").replace("[", r"\[")
+
+
+def _time(row: Row) -> str:
+    if row.median_us is None or row.times_floor is None:
+        return "–"
+    return f"{_digits(row.median_us)} ({_digits(row.times_floor)}×)"
+
+
+def _digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

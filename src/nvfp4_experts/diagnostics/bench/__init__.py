@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast one shared expert runs, next to its peers and to the floor the machine sets; `measure.bench` does it all.
+
+work        the layer's shape, its weights, its hidden states
+candidates  this library's layer and the peers in torch; humming_peer holds the one outside torch
+ceilings    how fast this device streams bytes and multiplies matrices
+timing      graph replays on CUDA, a clock elsewhere; weights rotated past the caches
+measure     check, then time, interleaved
+report      what came out, as numbers; picture draws it
+"""

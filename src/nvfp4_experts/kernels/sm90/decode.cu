@@ -1,0 +1,526 @@
+// SPDX-License-Identifier: Apache-2.0
+// A whole shared expert for up to 8 tokens in one launch: L1, clamp and SwiGLU, grid-wide hand-over, L2.
+//
+//   h = silu(min(x @ W1.T, L)) * clamp(x @ W3.T, -L, L)      W1, W3 interleaved 8 rows by 8: one tile, one thread
+//   y = h @ W2.T
+//
+// Weights are the 16-row operand of mma.m16n8k16 (bf16 operands, fp32 sum), tokens the 8 columns. They come packed as
+// layouts/fragments.py says: a lane's 16-byte load is its four A fragments, and 2 bytes its two block scales.
+//
+// One persistent block per multiprocessor. Warp roles: 16 consumers split K, each its own 64 columns of a stage;
+// a producer warp keeps a ring of STAGES bulk copies (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles
+// and across the hand-over; a reducer warp adds the 16 partial sums of a tile and finishes it. Activations are brought
+// into their format once per block and phase and stay in the consumers' registers as B fragments.
+//
+// Floor: 0.5625 bytes * 3 HI read. bf16 holds exactly: code * 2^-126 (its bits, moved), block scale * 2^119 (its bits,
+// moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact.
+//
+// Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token),
+// ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES.
+
+#define BF16 0
+#define STATIC 1
+#define DYNAMIC 2
+#define PER_TOKEN 3
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 20 * 32;  // two warps idle
+constexpr int TOKENS = 8;
+constexpr int CODE_BYTES = 512, SCALE_BYTES = 64, CHUNK_BYTES = CODE_BYTES + SCALE_BYTES;  // 16 rows x 64 columns
+constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
+constexpr int BLOCK = 16;
+
+// A GEMM as the warps see it: tiles of 16 output rows, K in chunks of 64, stages of 16 chunks.
+template <int N, int K>
+struct Gemm {
+    static constexpr int tiles = N / 16;
+    static constexpr int columns = K;
+    static constexpr int chunks = (K + 63) / 64;
+    static constexpr int stages = (chunks + CONSUMERS - 1) / CONSUMERS;
+    static __device__ __forceinline__ int chunks_in(int stage) { return min(CONSUMERS, chunks - stage * CONSUMERS); }
+};
+using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
+using L2 = Gemm<HIDDEN, INTERMEDIATE>;
+
+// --- barriers and copies ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}\n" ::"r"(
+            shared_address(barrier)),
+        "r"(parity)
+        : "memory");
+}
+
+// Copies bytes (a multiple of 16) into shared memory; the barrier's phase completes when they have arrived.
+__device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// Position in a ring of barriers: parity flips each time round.
+template <int SIZE>
+struct Ring {
+    u32 slot = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == SIZE) slot = 0, parity ^= 1;
+    }
+};
+
+struct Shared {
+    alignas(128) unsigned char stages[STAGES][STAGE_BYTES];
+    alignas(128) float4 partials[2][CONSUMERS][32];
+    u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2];
+    u32 amax[2][TOKENS];          // of x, of h: bits of |.|, whose order is that of the values, NaN above all
+    float token_scale[2][TOKENS];  // of x, of h: global scale of a token's activations
+};
+
+// --- activations ----------------------------------------------------------------------------------------------------
+
+// Element types as bits, so that nothing needs a header at run time.
+struct BFloat16 {
+    u16 bits;
+};
+struct Float16 {
+    u16 bits;
+};
+struct Float32 {
+    float value;
+};
+#if ACTIVATIONS == BF16
+typedef BFloat16 HiddenState;
+#else
+typedef Float32 HiddenState;
+#endif
+#if ELEMENT == 0
+typedef BFloat16 Element;
+#elif ELEMENT == 1
+typedef Float16 Element;
+#else
+typedef Float32 Element;
+#endif
+
+template <class T>
+__device__ constexpr bool is_bf16() { return false; }
+template <>
+__device__ constexpr bool is_bf16<BFloat16>() { return true; }
+
+__device__ __forceinline__ float to_float(BFloat16 v) { return __uint_as_float((u32)v.bits << 16); }
+__device__ __forceinline__ float to_float(Float32 v) { return v.value; }
+__device__ __forceinline__ float to_float(Float16 v) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
+    return f;
+}
+__device__ __forceinline__ void store(BFloat16* to, float v) {
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
+}
+__device__ __forceinline__ void store(Float16* to, float v) {
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
+}
+__device__ __forceinline__ void store(Float32* to, float v) { to->value = v; }
+
+// 16 consecutive columns of one token, as they lie in memory.
+template <class Source>
+union Raw {
+    uint4 words[sizeof(Source)];
+    Source element[16];
+};
+
+// Past the L1 cache: h was written by other blocks during this launch.
+template <class Source>
+__device__ __forceinline__ Raw<Source> load16(const Source* from) {
+    Raw<Source> raw;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Source); i++) raw.words[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+    return raw;
+}
+
+template <class Source>
+__device__ __forceinline__ void unpack16(const Raw<Source>& raw, float (&v)[16]) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) v[i] = to_float(raw.element[i]);
+}
+
+// Keeps the compiler from holding unpacked floats from one use of `raw` to the next: they would not fit the registers.
+template <class Source>
+__device__ __forceinline__ void forget(Raw<Source>& raw) {
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Source); i++)
+        asm volatile("" : "+r"(raw.words[i].x), "+r"(raw.words[i].y), "+r"(raw.words[i].z), "+r"(raw.words[i].w));
+}
+
+struct Fragment {
+    u32 b[8];  // 16 columns of one token as bf16: two registers for each of a chunk's four mma
+};
+
+__device__ __forceinline__ u32 amax16(const float (&v)[16]) {
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < 16; i++) largest = max(largest, __float_as_uint(v[i]) & 0x7FFFFFFFu);
+    return largest;
+}
+
+// The quantiser of formats/activations.py: global scales g (encode) and s (decode) from an amax or a static scale.
+__device__ __forceinline__ void global_scales(u32 amax_bits, const float* static_scale, float& g, float& s) {
+    if (ACTIVATIONS == STATIC) {
+        s = *static_scale;
+        g = __frcp_rn(s);
+        return;
+    }
+    const float amax = __uint_as_float(amax_bits);
+    g = __fdiv_rn(2688.0f, amax);
+    s = __frcp_rn(g);
+    if (amax < 0x1p-100f) g = s = 1.0f;
+    if (amax_bits >= 0x7F800000u) g = s = __uint_as_float(0x7FC00000u);
+}
+
+// One NVFP4 block in place: v becomes e2m1(v / scales) * block scale, which bf16 holds exactly.
+__device__ __forceinline__ void quantize_block(float (&v)[16], float g, float s) {
+    const float amax = __uint_as_float(amax16(v));
+    const float wanted = __fmul_rn(g, __fmul_rn(amax, 1.0f / 6.0f));
+    u16 byte;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(byte) : "f"(0.0f), "f"(wanted));
+    u32 pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(byte));
+    const float scale = to_float(Float16{(u16)pair});
+    const float inverse = scale == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(scale, s));
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const float magnitude = fminf(__fmul_rn(fabsf(v[i]), inverse), 6.0f);
+        // The e2m1 grid at p = 2^e <= |.|, 1 <= p <= 4, has step p / 2, and so has fp32 around 1.5 * 2^22 p.
+        const float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7F800000u), 1.0f);
+        const float magic = 6291456.0f * power;
+        v[i] = copysignf(__fsub_rn(__fadd_rn(magnitude, magic), magic), v[i]) * scale;
+    }
+}
+
+// The amax that an activation's global scale is made of, over the consumers: of the token in this lane, or of all.
+template <int PHASE>
+__device__ __forceinline__ u32 joint_amax(u32 largest, int token, bool one_token_a_warp, Shared& shared) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 1; i < 32; i *= 2) {
+        const u32 other = __shfl_xor_sync(~0u, largest, i);
+        if (i < 4 || ACTIVATIONS == DYNAMIC || one_token_a_warp) largest = max(largest, other);
+    }
+    if (lane % 4 == 0) atomicMax(&shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : token], largest);
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
+    return shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : token];
+}
+
+__device__ __forceinline__ void to_bf16(const float (&v)[16], Fragment& fragment) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(fragment.b[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+}
+
+// One token alone: its blocks are spread over all lanes, quantised once, and handed to the four lanes that own them.
+template <class G, int PHASE, class Source>
+__device__ __forceinline__ float enter_one(const Source* source, const float* static_scale, Shared& shared,
+                                           Fragment (&fragments)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int column = (lane / 4 * CONSUMERS + warp) * 64 + lane % 4 * BLOCK;
+    Raw<Source> raw = {};
+    if (column < G::columns) raw = load16(source + column);
+    float v[16], g, s;
+    unpack16(raw, v);
+    u32 largest = 0;
+    if (ACTIVATIONS != STATIC) largest = joint_amax<PHASE>(amax16(v), 0, true, shared);
+    global_scales(largest, static_scale, g, s);
+    quantize_block(v, g, s);
+    Fragment mine;
+    to_bf16(v, mine);
+#pragma unroll
+    for (int stage = 0; stage < G::stages; stage++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const u32 bits = __shfl_sync(~0u, mine.b[i], stage * 4 + lane % 4);
+            fragments[stage].b[i] = lane < 4 ? bits : 0;
+        }
+    }
+    return s;
+}
+
+// Columns of this warp's chunks, one token per group of four lanes.
+template <class G, int PHASE, class Source>
+__device__ __forceinline__ float enter_all(const Source* source, int tokens, const float* static_scale, Shared& shared,
+                                           Fragment (&fragments)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
+    Raw<Source> raw[G::stages];
+#pragma unroll
+    for (int stage = 0; stage < G::stages; stage++) {
+        const int column = (stage * CONSUMERS + warp) * 64 + (lane % 4) * BLOCK;
+        raw[stage] = Raw<Source>{};
+        if (token < tokens && column < G::columns) raw[stage] = load16(source + (size_t)token * G::columns + column);
+    }
+    float g, s = 1.0f;
+    if (ACTIVATIONS != BF16) {
+        u32 largest = 0;
+        if (ACTIVATIONS != STATIC) {
+#pragma unroll
+            for (int stage = 0; stage < G::stages; stage++) {
+                float v[16];
+                unpack16(raw[stage], v);
+                largest = max(largest, amax16(v));
+                forget(raw[stage]);
+            }
+            largest = joint_amax<PHASE>(largest, token, false, shared);
+        }
+        global_scales(largest, static_scale, g, s);
+    }
+#pragma unroll
+    for (int stage = 0; stage < G::stages; stage++) {
+        if (ACTIVATIONS == BF16 && is_bf16<Source>()) {  // as it is
+#pragma unroll
+            for (int i = 0; i < 8; i++) fragments[stage].b[i] = reinterpret_cast<const u32*>(&raw[stage].words[0])[i];
+            continue;
+        }
+        float v[16];
+        unpack16(raw[stage], v);
+        if (ACTIVATIONS != BF16) quantize_block(v, g, s);
+        to_bf16(v, fragments[stage]);
+    }
+    return s;
+}
+
+// Brings this warp's columns of all tokens into the activation format; the tokens' scales go to shared memory, where the
+// reducer finds them with the first tile.
+template <class G, int PHASE, class Source>
+__device__ __forceinline__ void enter(const Source* source, int tokens, const float* static_scale, Shared& shared,
+                                      Fragment (&fragments)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float scale;
+    if (ACTIVATIONS != BF16 && G::stages <= 8 && tokens == 1)
+        scale = enter_one<G, PHASE>(source, static_scale, shared, fragments);
+    else
+        scale = enter_all<G, PHASE>(source, tokens, static_scale, shared, fragments);
+    if (warp == 0 && lane % 4 == 0) shared.token_scale[PHASE][lane / 4] = scale;
+}
+
+// --- weights --------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 scaled(u32 codes, u32 scale) {
+    u32 product;
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(codes), "r"(scale));
+    return product;
+}
+
+// Eight codes in a word as four bf16 pairs, e2m1 * 2^-126; bit places as in layouts/fragments.py.
+__device__ __forceinline__ void decode(u32 word, u32 (&pairs)[4]) {
+    pairs[0] = word & 0x81C081C0u;
+    pairs[1] = (word << 3) & 0x81C081C0u;
+    pairs[2] = (word << 6) & 0x81C081C0u;
+    pairs[3] = ((word << 4) & 0x80008000u) | ((word >> 6) & 0x01800180u) | ((word >> 4) & 0x00400040u);
+}
+
+// A scale byte as bf16 twice, scale * 2^119: the byte is the upper part of fp16(scale * 2^7), whose exponent is moved.
+__device__ __forceinline__ u32 scale_pair(u32 byte) { return byte * 0x00100010u + 0x70007000u; }
+
+__device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// 16 rows x 64 columns against this warp's 8 tokens.
+__device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, u32 scale_bytes,
+                                               const Fragment& fragment) {
+    const u32 low = scale_pair(scale_bytes & 0xFFu), high = scale_pair(scale_bytes >> 8);  // of rows g and g + 8
+    const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        u32 a[4];
+        decode(words[j], a);
+        a[0] = scaled(a[0], low), a[1] = scaled(a[1], high), a[2] = scaled(a[2], low), a[3] = scaled(a[3], high);
+        multiply(sums[j % 2], a, fragment.b[2 * j], fragment.b[2 * j + 1]);
+    }
+}
+
+// --- the roles ------------------------------------------------------------------------------------------------------
+
+template <class G>
+__device__ __forceinline__ void produce(const unsigned char* weights, Shared& shared, Ring<STAGES>& ring) {
+    for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
+        const unsigned char* from = weights + (size_t)tile * G::chunks * CHUNK_BYTES;
+        for (int stage = 0; stage < G::stages; stage++, ring.next()) {
+            barrier_wait(&shared.stage_empty[ring.slot], ring.parity ^ 1);
+            copy_to_shared(shared.stages[ring.slot], from + (size_t)stage * STAGE_BYTES,
+                           G::chunks_in(stage) * CHUNK_BYTES, &shared.stage_full[ring.slot]);
+        }
+    }
+}
+
+template <class G>
+__device__ __forceinline__ void consume(Shared& shared, Ring<STAGES>& ring, Ring<2>& partial,
+                                        const Fragment (&fragments)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
+        float sums[2][4] = {};
+#pragma unroll
+        for (int stage = 0; stage < G::stages; stage++, ring.next()) {
+            const int chunks = G::chunks_in(stage);
+            barrier_wait(&shared.stage_full[ring.slot], ring.parity);
+            uint4 codes = {};
+            u32 scale_bytes = 0;
+            if (warp < chunks) {
+                const unsigned char* from = shared.stages[ring.slot];
+                codes = *reinterpret_cast<const uint4*>(from + warp * CODE_BYTES + lane * 16);
+                scale_bytes = *reinterpret_cast<const unsigned short*>(from + chunks * CODE_BYTES + warp * SCALE_BYTES +
+                                                                       lane * 2);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&shared.stage_empty[ring.slot]);
+            if (warp < chunks) multiply_chunk(sums, codes, scale_bytes, fragments[stage]);
+        }
+        barrier_wait(&shared.partial_empty[partial.slot], partial.parity ^ 1);
+        shared.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
+                                                                sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.partial_full[partial.slot]);
+        partial.next();
+    }
+}
+
+// Adds a tile's partial sums in order; sum.x, .y: row g, tokens 2c and 2c + 1; .z, .w: row g + 8.
+template <class G, class Finish>
+__device__ __forceinline__ void reduce(Shared& shared, Ring<2>& partial, Finish finish) {
+    const int lane = threadIdx.x % 32;
+    for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
+        barrier_wait(&shared.partial_full[partial.slot], partial.parity);
+        float4 sum = shared.partials[partial.slot][0][lane];
+#pragma unroll
+        for (int warp = 1; warp < CONSUMERS; warp++) {
+            const float4 more = shared.partials[partial.slot][warp][lane];
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&shared.partial_empty[partial.slot]);
+        partial.next();
+        finish(tile, sum);
+    }
+}
+
+__device__ __forceinline__ float swiglu(float gate, float up, float limit) {
+    if (limit > 0.0f) {  // NaN passes, as in torch.clamp
+        gate = gate > limit ? limit : gate;
+        up = up > limit ? limit : (up < -limit ? -limit : up);
+    }
+    return gate / (1.0f + expf(-gate)) * up;
+}
+
+// The grid-wide hand-over: a counter that every launch raises by the number of blocks. A launch begins at a multiple of
+// it, so the next multiple means that all blocks have arrived; nothing is ever reset. At most 2 INTERMEDIATE / 16 blocks.
+__device__ __forceinline__ u64 load_acquire(const u64* p) {
+    u64 value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+    return value;
+}
+
+__device__ __forceinline__ void arrive_release(u64* counter) {
+    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    shared_expert_decode(const Element* __restrict__ x, int tokens, const unsigned char* __restrict__ gate_up,
+                         const float* __restrict__ gate_up_scales, const unsigned char* __restrict__ down,
+                         const float* __restrict__ down_scale, const float* __restrict__ input_scale,
+                         const float* __restrict__ hidden_scale, float limit, HiddenState* __restrict__ hidden_states,
+                         u64* __restrict__ hand_over, Element* __restrict__ y) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) barrier_init(&shared.stage_full[i], 1), barrier_init(&shared.stage_empty[i], CONSUMERS);
+        for (int i = 0; i < 2; i++) barrier_init(&shared.partial_full[i], CONSUMERS), barrier_init(&shared.partial_empty[i], 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    if (threadIdx.x < 2 * TOKENS) shared.amax[threadIdx.x / TOKENS][threadIdx.x % TOKENS] = 0;
+    __syncthreads();
+    // Weights do not depend on what ran before; everything else may, so all but the producer wait for it.
+    asm volatile("griddepcontrol.launch_dependents;");
+    if (warp != PRODUCER) asm volatile("griddepcontrol.wait;" ::: "memory");
+
+    if (warp >= CONSUMERS) {
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+      if (warp == PRODUCER) {
+        if (lane == 0) {
+            Ring<STAGES> ring;
+            produce<L1>(gate_up, shared, ring);
+            produce<L2>(down, shared, ring);
+        }
+      } else if (warp == REDUCER) {
+        const int row = lane / 4, token = lane % 4 * 2;
+        const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1];
+        Ring<2> partial;
+        reduce<L1>(shared, partial, [&](int tile, float4 sum) {
+            // 2^7 undoes the 2^-7 of the packed weights.
+            for (int i = 0; i < 2; i++) {
+                if (token + i >= tokens) break;
+                const float scale = shared.token_scale[0][token + i];
+                const float gate = (i ? sum.y : sum.x) * 128.0f, up = (i ? sum.w : sum.z) * 128.0f;
+                const bool exact = ACTIVATIONS == BF16;  // a power of two: apply it to the sum, not to the scale
+                const float h = swiglu(exact ? gate * scale * gate_scale : gate * (scale * gate_scale),
+                                       exact ? up * scale * up_scale : up * (scale * up_scale), limit);
+                store(&hidden_states[(size_t)(token + i) * INTERMEDIATE + tile * 8 + row], h);
+            }
+        });
+        __syncwarp();
+        if (lane == 0) arrive_release(hand_over);
+        const float scale_of_down = *down_scale;
+        reduce<L2>(shared, partial, [&](int tile, float4 sum) {
+            for (int i = 0; i < 2; i++) {
+                if (token + i >= tokens) break;
+                const float scale = shared.token_scale[1][token + i];
+                const bool exact = ACTIVATIONS == BF16;
+                Element* to = y + (size_t)(token + i) * HIDDEN + tile * 16 + row;
+                const float low = (i ? sum.y : sum.x) * 128.0f, high = (i ? sum.w : sum.z) * 128.0f;
+                store(to, exact ? low * scale * scale_of_down : low * (scale * scale_of_down));
+                store(to + 8, exact ? high * scale * scale_of_down : high * (scale * scale_of_down));
+            }
+        });
+      }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+        Ring<STAGES> ring;
+        Ring<2> partial;
+        // Read before this block arrives: it has a tile of L1, which warp 0 has yet to contribute to.
+        const u64 all_arrived = threadIdx.x == 0 ? (load_acquire(hand_over) / gridDim.x + 1) * gridDim.x : 0;
+        {
+            Fragment fragments[L1::stages];
+            enter<L1, 0>(x, tokens, input_scale, shared, fragments);
+            consume<L1>(shared, ring, partial, fragments);
+        }
+        if (threadIdx.x == 0) {
+            while (load_acquire(hand_over) < all_arrived) {
+            }
+        }
+        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
+        {
+            Fragment fragments[L2::stages];
+            enter<L2, 1>(hidden_states, tokens, hidden_scale, shared, fragments);
+            consume<L2>(shared, ring, partial, fragments);
+        }
+    }
+}

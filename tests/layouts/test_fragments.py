@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensor-core fragments: the byte map element by element, the inverse, and what a kernel reads out of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvfp4_experts.errors import LayoutError
+from nvfp4_experts.formats.codes import E2M1_VALUES, unpack_codes
+from nvfp4_experts.layouts.fragments import (
+    CHUNK_BYTES,
+    EXPONENT_BIT,
+    MANTISSA_BIT,
+    SIGN_BIT,
+    fragment_bytes,
+    pack_fragments,
+    unpack_fragments,
+)
+
+
+def random_weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+    scales = torch.randint(1, 127, (rows, columns // 16), dtype=torch.uint8)
+    return codes, scales.view(torch.float8_e4m3fn)
+
+
+def offsets(row: int, column: int, columns: int) -> tuple[int, int, int]:
+    """Byte of the 16-bit half, register, byte of the scale: the closed form of the module docstring."""
+    chunks = -(-columns // 64)
+    tile, h, g = row // 16, row % 16 // 8, row % 8
+    chunk, c, j, i = column // 64, column % 64 // 16, column % 16 // 4, column % 4
+    stage, inside = chunk // 16, chunk % 16
+    count = min(16, chunks - stage * 16)
+    start = tile * chunks * CHUNK_BYTES + stage * 16 * CHUNK_BYTES
+    lane, q = 4 * g + c, 2 * (i // 2) + h
+    half = start + inside * 512 + lane * 16 + j * 4 + (i % 2) * 2
+    return half, q, start + count * 512 + inside * 64 + lane * 2 + h
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 1088), (48, 2048)], ids=str)
+def test_every_element_is_where_the_closed_form_says(shape: tuple[int, int]) -> None:
+    codes, scales = random_weight(*shape)
+    packed = pack_fragments(codes, scales).tolist()
+    nibbles = unpack_codes(codes).tolist()
+    for row in range(0, shape[0], 3):
+        for column in range(shape[1]):
+            half, q, scale = offsets(row, column, shape[1])
+            word = packed[half] | packed[half + 1] << 8
+            code = (word >> SIGN_BIT[q] & 1) << 3 | (word >> EXPONENT_BIT[q] & 3) << 1 | word >> MANTISSA_BIT[q] & 1
+            assert code == nibbles[row][column]
+            fp16 = torch.tensor(packed[scale] << 7, dtype=torch.int16).view(torch.float16)
+            assert float(fp16) / 128 == float(scales[row, column // 16])
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 288), (64, 1408), (32, 2304), (16, 7168)], ids=str)
+def test_round_trip(shape: tuple[int, int]) -> None:
+    codes, scales = random_weight(*shape)
+    packed = pack_fragments(codes, scales)
+    assert packed.numel() == fragment_bytes(*shape)
+    again, scales_again = unpack_fragments(packed, *shape)
+    assert torch.equal(again, codes)
+    assert torch.equal(scales_again.view(torch.uint8), scales.view(torch.uint8))
+
+
+def test_every_scale_byte_survives_nan_included() -> None:
+    scales = torch.arange(128, dtype=torch.uint8).view(16, 8).view(torch.float8_e4m3fn)
+    _, again = unpack_fragments(pack_fragments(torch.zeros(16, 64, dtype=torch.uint8), scales), 16, 128)
+    assert torch.equal(again.view(torch.uint8), scales.view(torch.uint8))
+
+
+def bf16(bits: int) -> float:
+    return float(torch.tensor(bits - 0x10000 if bits & 0x8000 else bits, dtype=torch.int16).view(torch.bfloat16).double())
+
+
+def test_masks_and_shifts_of_the_kernel_read_bf16_values() -> None:
+    """What decode.cu does to a word gives e2m1 * 2^-126 in every register and half, for every code."""
+    for code in range(16):
+        codes = torch.full((16, 32), code | code << 4, dtype=torch.uint8)
+        word = pack_fragments(codes, torch.ones(16, 4).to(torch.float8_e4m3fn))[:4].view(torch.int32).item() & 0xFFFFFFFF
+        registers = (
+            word & 0x81C081C0,
+            word << 3 & 0x81C081C0,
+            word << 6 & 0x81C081C0,
+            (word << 4 & 0x80008000) | (word >> 6 & 0x01800180) | (word >> 4 & 0x00400040),
+        )
+        for register in registers:
+            for half in (register & 0xFFFF, register >> 16 & 0xFFFF):
+                assert bf16(half) * 2.0**126 == E2M1_VALUES[code]
+
+
+def test_scale_arithmetic_of_the_kernel_gives_bf16_scales() -> None:
+    """byte * 0x00100010 + 0x70007000 is scale * 2^119 twice, for every scale but zero, NaN included."""
+    scales = torch.arange(128, dtype=torch.uint8).view(16, 8).view(torch.float8_e4m3fn)
+    packed = pack_fragments(torch.zeros(16, 64, dtype=torch.uint8), scales)
+    for row in range(16):
+        for block in range(8):
+            pair = packed[offsets(row, 16 * block, 128)[2]].item() * 0x00100010 + 0x70007000
+            assert pair >> 16 == pair & 0xFFFF
+            value, want = bf16(pair & 0xFFFF), float(scales[row, block])
+            assert value == want * 2.0**119 or want == 0 or (value != value and want != want)
+
+
+def test_codes_under_a_zero_scale_lose_their_magnitude_and_nothing_else() -> None:
+    codes = torch.full((16, 32), 0xF7, dtype=torch.uint8)
+    again, scales = unpack_fragments(pack_fragments(codes, torch.zeros(16, 4).to(torch.float8_e4m3fn)), 16, 64)
+    assert set(again.flatten().tolist()) == {0x80} and not scales.float().any()
+
+
+def test_errors() -> None:
+    codes, scales = random_weight(24, 64)
+    with pytest.raises(LayoutError, match="multiple of 16"):
+        pack_fragments(codes, scales)
+    with pytest.raises(LayoutError, match="negative"):
+        pack_fragments(torch.zeros(16, 32, dtype=torch.uint8), (-torch.ones(16, 4)).to(torch.float8_e4m3fn))
+    with pytest.raises(LayoutError, match="bytes"):
+        unpack_fragments(torch.zeros(10, dtype=torch.uint8), 16, 64)
