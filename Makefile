@@ -35,7 +35,7 @@ check: $(VENV)/.installed-test  ## ruff (lint, format) and mypy; edits nothing
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-test-gpu:  ## the tests that need a GPU, with the python3 that is here (torch, triton, pytest); installs nothing
+test-gpu:  ## the tests that need a GPU, with the python3 that is here (torch, cuda-core, pytest); installs nothing
 	PYTHONPATH=src python3 -m pytest -m gpu $(PYTEST_ARGS)
 
 # Where python3 has no torch, as on a fresh CPU machine, the environment of `make demo` is used.

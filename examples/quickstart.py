@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Python API in one sitting: a weight, an expert, a calibration, a checkpoint.
 
-    python examples/quickstart.py
+Run it with `python examples/quickstart.py`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The errors of this package: each says what is wrong, the rule, what it got, and the way out.
+"""The errors of this package.
+
+Each says what is wrong, the rule, what it got, and the way out:
 
     FormatError("codes", "must be uint8", "int8", "view them as torch.uint8")
     -> codes: must be uint8, got int8; view them as torch.uint8

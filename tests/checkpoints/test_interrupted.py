@@ -162,6 +162,23 @@ def test_shards_of_another_conversion_are_not_reused(
     assert fingerprint(tmp_path / "dst") == fingerprint(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("change", ["vanished", "written anew"])
+def test_other_files_are_those_of_the_source_as_it_is_now(tmp_path: Path, source: Path, change: str) -> None:
+    extra = source / "encoding" / "encode.py"
+    extra.parent.mkdir()
+    extra.write_text("old = True")
+    target = tmp_path / "dst"
+    assert run_child(KILLED, source, target, "rename", 0).returncode == -signal.SIGKILL
+    assert (tmp_path / "dst.partial" / "encoding" / "encode.py").exists()
+    extra.unlink()
+    if change == "written anew":
+        extra.write_text("new = True")
+    assert convert(source, target, experts="all").reused_shards == []
+    assert (target / "encoding" / "encode.py").exists() == extra.exists()
+    convert(source, tmp_path / "whole", experts="all")
+    assert fingerprint(target) == fingerprint(tmp_path / "whole")
+
+
 def test_a_finished_shard_that_was_damaged_is_written_again(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,14 +12,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig
-from compressed_tensors.quantization.quant_scheme import NVFP4, NVFP4A16
-from compressed_tensors.utils import match_named_modules
 
 from nvfp4_experts._version import __version__
 from nvfp4_experts.checkpoints import convert, open_checkpoint
 from nvfp4_experts.checkpoints.quant_config import patterns
 from tests.checkpoints import factory
+
+oracle = pytest.importorskip("compressed_tensors.quantization", reason="the configs' reader is not installed")
+schemes = pytest.importorskip("compressed_tensors.quantization.quant_scheme")
+utils = pytest.importorskip("compressed_tensors.utils")
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
 
@@ -115,19 +116,19 @@ def test_compressed_tensors_matches_exactly_the_converted_modules(
         input_scales=dict.fromkeys(calibrated, (0.1, 0.2)),
     )  # fmt: skip
     assert hf_quant_config is None
-    config = QuantizationConfig.model_validate(section)
+    config = oracle.QuantizationConfig.model_validate(section)
     assert config.format == "nvfp4-pack-quantized"
     model = tree(nvfp4 | others)
     seen: dict[str, str] = {}
     for scheme in config.config_groups.values():
-        reference = NVFP4 if scheme.input_activations else NVFP4A16
+        reference = schemes.NVFP4 if scheme.input_activations else schemes.NVFP4A16
         ignored = {"observer", "observer_kwargs"}
         assert scheme.weights.model_dump(exclude=ignored) == reference["weights"].model_dump(exclude=ignored)
         if scheme.input_activations:
             assert scheme.input_activations.model_dump(exclude=ignored) == reference["input_activations"].model_dump(
                 exclude=ignored
             )
-        for name, _ in match_named_modules(model, scheme.targets, config.ignore):
+        for name, _ in utils.match_named_modules(model, scheme.targets, config.ignore):
             assert name not in seen
             seen[name] = "W4A4" if scheme.input_activations else "W4A16"
     assert seen.keys() == nvfp4

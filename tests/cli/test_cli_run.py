@@ -156,3 +156,9 @@ def test_a_seed_beyond_64_bits_is_an_input_error(modelopt: Path) -> None:
 
 def test_an_output_that_cannot_be_written_is_an_input_error(modelopt: Path) -> None:
     assert "/proc" in error_of("run", modelopt, "--layer", 0, "--random", 2, "--output", "/proc/y.safetensors")["what"]
+
+
+@pytest.mark.parametrize("tokens", [999_999_999_999, 10**17, 10**30])
+def test_more_rows_than_memory_holds_is_an_input_error(modelopt: Path, tokens: int) -> None:
+    error = error_of("run", modelopt, "--layer", 0, "--random", tokens)
+    assert (error["error"], error["what"]) == ("InputError", "tokens") and f"{tokens * 1024} bytes" in error["got"]

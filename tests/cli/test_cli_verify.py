@@ -99,3 +99,9 @@ def test_no_matplotlib_is_said_before_any_work(tmp_path: Path, monkeypatch: pyte
 def test_layers_that_are_not_there(modelopt: Path, tiny_checkpoint: Path) -> None:
     error = error_of("verify", modelopt, "--against", tiny_checkpoint, "--layer", 9)
     assert error["error"] == "InputError" and "[9]" in error["what"]
+
+
+def test_report_and_picture_must_be_two_files(tmp_path: Path) -> None:
+    file = tmp_path / "verify.svg"
+    error = error_of("verify", "nowhere", "--against", "nowhere", "--report", file, "--picture", file)
+    assert (error["error"], error["what"]) == ("InputError", "--report and --picture")

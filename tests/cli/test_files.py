@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nvfp4_experts.cli.files import check_output, whole_file
+from nvfp4_experts.cli.files import check_output, check_outputs, whole_file
 from nvfp4_experts.errors import InputError
 
 
@@ -40,3 +40,13 @@ def test_outputs_are_checked_first(tmp_path: Path) -> None:
         check_output(taken, force=False)
     with pytest.raises(InputError, match="existing folder"):
         check_output(tmp_path / "no" / "file", force=True)
+
+
+def test_two_outputs_are_two_files(tmp_path: Path) -> None:
+    one, same = tmp_path / "a.json", tmp_path / "b" / ".." / "a.json"
+    (tmp_path / "b").mkdir()
+    check_outputs({"--json": one, "--csv": tmp_path / "a.csv", "--picture": None, "--more": None}, force=False)
+    with pytest.raises(InputError, match="--json and --picture: must be two files"):
+        check_outputs({"--json": one, "--csv": None, "--picture": same}, force=False)
+    with pytest.raises(InputError, match="existing folder"):
+        check_outputs({"--json": one, "--csv": tmp_path / "no" / "file"}, force=False)

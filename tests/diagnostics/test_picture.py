@@ -10,7 +10,8 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from nvfp4_experts.diagnostics.picture import check_plotting, draw
+from nvfp4_experts.diagnostics.picture import draw
+from nvfp4_experts.diagnostics.plotting import check_plotting
 from nvfp4_experts.diagnostics.verify import verify_checkpoint
 from nvfp4_experts.errors import UnsupportedError
 

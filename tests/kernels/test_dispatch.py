@@ -6,10 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from nvfp4_experts.errors import UnsupportedError
 from nvfp4_experts.kernels import dispatch
 from nvfp4_experts.kernels.target import Target
+from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
 
 PROBLEM = dispatch.Problem(64, 32, "bf16", Target("cpu", "cpu"))
 
@@ -46,3 +48,22 @@ def test_a_name_is_an_order() -> None:
 def test_a_named_backend_that_refuses_is_not_replaced() -> None:
     with pytest.raises(UnsupportedError, match="picky: needs a moon; able: can run this; also able: can run this"):
         dispatch.choose_backend("picky", PROBLEM)
+
+
+@pytest.mark.parametrize("name", ["auto", "torch"])
+def test_on_a_cpu_torch_runs_and_hopper_says_what_it_needs(name: str) -> None:
+    assert dispatch.BACKENDS == ("sm90", "torch")
+    assert dispatch.choose_backend(name, PROBLEM).name == "torch"
+    assert "Hopper" in (dispatch.get_backend("sm90").refusal(PROBLEM) or "")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_hopper_kernels_run_on_hopper_alone(capability: tuple[int, int]) -> None:
+    other = dispatch.Problem(64, 32, "bf16", Target("cuda", "another", capability, 100))
+    assert "Hopper" in (dispatch.get_backend("sm90").refusal(other) or "")
+
+
+def test_a_layer_that_is_told_to_run_on_hopper_does_not_fall_back() -> None:
+    weights = torch.randn(32, 64), torch.randn(32, 64), torch.randn(64, 32)
+    with pytest.raises(UnsupportedError, match=r"backend 'sm90'.*sm90: needs a Hopper GPU.*; torch: can run this"):
+        Nvfp4SharedExpert.from_weights(*weights, backend="sm90")

@@ -59,7 +59,7 @@ def test_matches_reference(shape: tuple[int, int], mode: tuple[str, str], backen
     if not runs_here(backend, shape, mode[0]):
         pytest.skip(f"{backend} refuses {shape} with {mode[0]} on this GPU")
     expert = make(shape, mode, backend)
-    for tokens in (1, 7, 129):
+    for tokens in (1, 2, 4, 7, 20, 129):
         x = torch.randn(tokens, shape[0])
         got, expected = expert(x.cuda()).cpu().double(), want(expert, x).double()
         assert (got - expected).norm() <= AGAINST_REFERENCE["shared_expert", mode[0]] * expected.norm(), tokens
@@ -108,7 +108,7 @@ def test_no_decoded_copy_of_the_weights_is_kept(activations: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     resident = torch.cuda.memory_allocated()
     expert(x)
-    # Half of a bf16 copy; rounding tiles to e4m3 takes fp32 temporaries of a tile as well.
+    # Half of a bf16 copy; where no fused kernel runs (fp8), one matrix of the three is decoded at a time.
     assert torch.cuda.max_memory_allocated() - resident < (2 if activations == "fp8" else 1) * values
 
 

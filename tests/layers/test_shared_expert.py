@@ -25,6 +25,22 @@ MODES = [
 ]
 
 
+# size, stride and offset of x and of out in one storage
+View = tuple[tuple[int, int], tuple[int, int], int]
+PLAIN: View = ((2, H), (H, 1), 0)
+OVERLAPPING: list[tuple[View, View]] = [
+    (PLAIN, PLAIN),
+    (PLAIN, ((2, H), (H, 1), 2 * H - 1)),
+    (((2, H), (H, 1), 2 * H - 1), PLAIN),
+    (((2, H), (3 * H, 1), 0), ((2, H), (H, 1), 3 * H)),
+]
+DISJOINT: list[tuple[View, View]] = [
+    (PLAIN, ((2, H), (H, 1), 2 * H)),
+    (((2, H), (H, 1), 2 * H), PLAIN),
+    (((2, H), (2 * H, 1), 0), ((2, H), (H, 1), 3 * H)),
+]
+
+
 def weights(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     return tuple(torch.randn(s, generator=g) * 0.1 for s in ((I, H), (I, H), (H, I)))  # type: ignore[return-value]
@@ -90,6 +106,20 @@ class TestForward:
         out = torch.full_like(x, torch.nan)
         assert expert(x, out=out) is out
         assert torch.equal(out, expert(x))
+
+    @pytest.mark.parametrize(("x", "out"), OVERLAPPING, ids=str)
+    def test_out_that_overlaps_x_is_refused(self, x: View, out: View) -> None:
+        expert, memory = make(), torch.randn(8 * H)
+        before = memory.clone()
+        with pytest.raises(InputError, match="out: must not overlap x"):
+            expert(memory.as_strided(*x), out=memory.as_strided(*out))
+        assert torch.equal(memory, before)
+
+    @pytest.mark.parametrize(("x", "out"), DISJOINT, ids=str)
+    def test_out_may_share_the_storage_of_x(self, x: View, out: View) -> None:
+        expert, memory = make(), torch.randn(8 * H)
+        want = expert(memory.as_strided(*x).clone())
+        assert torch.equal(expert(memory.as_strided(*x), out=memory.as_strided(*out)), want)
 
     def test_input_is_not_changed(self) -> None:
         x = torch.randn(5, H)

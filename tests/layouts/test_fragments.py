@@ -71,14 +71,15 @@ def test_every_scale_byte_survives_nan_included() -> None:
 
 
 def bf16(bits: int) -> float:
-    return float(torch.tensor(bits - 0x10000 if bits & 0x8000 else bits, dtype=torch.int16).view(torch.bfloat16).double())
+    return float(torch.tensor(bits, dtype=torch.uint16).view(torch.bfloat16).double())
 
 
 def test_masks_and_shifts_of_the_kernel_read_bf16_values() -> None:
     """What decode.cu does to a word gives e2m1 * 2^-126 in every register and half, for every code."""
     for code in range(16):
         codes = torch.full((16, 32), code | code << 4, dtype=torch.uint8)
-        word = pack_fragments(codes, torch.ones(16, 4).to(torch.float8_e4m3fn))[:4].view(torch.int32).item() & 0xFFFFFFFF
+        packed = pack_fragments(codes, torch.ones(16, 4).to(torch.float8_e4m3fn))
+        word = packed[:4].view(torch.uint32).item()
         registers = (
             word & 0x81C081C0,
             word << 3 & 0x81C081C0,

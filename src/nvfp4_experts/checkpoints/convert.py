@@ -102,9 +102,9 @@ def convert(
     if target.resolve().is_relative_to(checkpoint.directory):
         rule = "must lie outside the source, which is never touched"
         raise OutputInsideSourceError(str(dst), rule, f"inside {checkpoint.directory}", "choose another place")
-    plan = make_plan(checkpoint, options)
-    configs = build_configs(checkpoint.config, checkpoint.quantization, plan.tensors, dialect, recipe)
     files, left_out = _other_files(checkpoint)
+    plan = make_plan(checkpoint, options, files)
+    configs = build_configs(checkpoint.config, checkpoint.quantization, plan.tensors, dialect, recipe)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _disk_errors(target), _workplace(target, plan) as place:
         finished = [shard.name for shard in plan.shards if _is_finished(place, shard)]

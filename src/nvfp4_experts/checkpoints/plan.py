@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .._version import __version__
@@ -100,8 +100,8 @@ class Plan:
         return {spec.name: spec for shard in self.shards for spec in shard.specs}
 
 
-def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
-    """The plan of a conversion.
+def make_plan(checkpoint: Checkpoint, options: Options, other_files: Sequence[str] = ()) -> Plan:
+    """The plan of a conversion; `other_files` of the source are those that will be copied as they are.
 
     Raises:
         InputScalesError: scales for a layer without a shared expert, or given with experts="routed".
@@ -137,7 +137,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         for shard in checkpoint.shards
         if copies[shard] or made[shard]  # a shard that held only scales of converted weights disappears
     ]
-    return Plan(checkpoint, options, shards, _fingerprint(checkpoint, options))
+    return Plan(checkpoint, options, shards, _fingerprint(checkpoint, options, other_files))
 
 
 def _weight_name(projection: Projection) -> str:
@@ -164,11 +164,11 @@ def _family(projection: Projection) -> str:
     return projection.format if projection.format in ("mxfp4", "nvfp4") else "floating"
 
 
-def _fingerprint(checkpoint: Checkpoint, options: Options) -> str:
+def _fingerprint(checkpoint: Checkpoint, options: Options, other_files: Sequence[str]) -> str:
     files = []
-    for shard in checkpoint.shards:
-        stat = (checkpoint.directory / shard).stat()
-        files.append((shard, stat.st_size, stat.st_mtime_ns))
+    for name in (*checkpoint.shards, *other_files):
+        stat = (checkpoint.directory / name).stat()
+        files.append((name, stat.st_size, stat.st_mtime_ns))
     tensors = [(i.name, i.dtype, i.shape, i.shard, i.start, i.stop) for i in checkpoint.tensors.values()]
     chosen = {**vars(options), "input_scales": sorted(options.input_scales.items())}
     described = [

@@ -215,7 +215,7 @@ def _download(path: str | os.PathLike[str]) -> Path:
 
         return Path(snapshot_download(str(path), allow_patterns=list(HUB_PATTERNS)))
     except Exception as bad:  # the hub's client raises errors of many libraries; none of them is ours to tell apart
-        rule = "not a local path, so it must be a hub id that can be downloaded"
+        rule = "there is no such path here, so it must be a hub id that can be downloaded"
         got = f"{type(bad).__name__}: {bad}"
         raise HubError(str(path), rule, got, "check the spelling, the network and your access") from bad
 

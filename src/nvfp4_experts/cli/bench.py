@@ -11,7 +11,7 @@ import typer
 
 from ..errors import InputError
 from . import render
-from .files import check_output, whole_file
+from .files import check_outputs, whole_file
 from .options import ActivationScale, Backend, Force
 
 if TYPE_CHECKING:
@@ -53,15 +53,14 @@ def command(
     ] = None,
     force: Force = False,
 ) -> None:
-    for path in (json_file, csv_file, picture):
-        check_output(path, force)
+    check_outputs({"--json": json_file, "--csv": csv_file, "--picture": picture}, force)
     if quick:
         tokens, seconds = tokens or _QUICK_TOKENS, _QUICK_SECONDS
 
     from ..diagnostics.bench.measure import PEERS, bench, our_candidates
     from ..diagnostics.bench.picture import draw_bench
     from ..diagnostics.bench.work import find_work
-    from ..diagnostics.picture import check_plotting
+    from ..diagnostics.plotting import check_plotting
 
     if picture is not None:
         check_plotting()

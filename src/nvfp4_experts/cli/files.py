@@ -25,6 +25,22 @@ def check_output(path: Path | None, force: bool) -> None:
         raise InputError(str(path), "must lie in an existing folder", f"no {path.parent}", "create the folder first")
 
 
+def check_outputs(paths: dict[str, Path | None], force: bool) -> None:
+    """`check_output` for several outputs, by option; no two may be the same file.
+
+    Raises:
+        InputError: as `check_output`, or two options name one file.
+    """
+    option_of: dict[Path, str] = {}
+    for option, path in paths.items():
+        check_output(path, force)
+        if path is None:
+            continue
+        other = option_of.setdefault(path.resolve(), option)
+        if other != option:
+            raise InputError(f"{other} and {option}", "must be two files", path, "choose another name for one")
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; rename it into place on success, remove it on failure.

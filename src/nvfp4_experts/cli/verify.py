@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from . import render
-from .files import check_output, whole_file
+from .files import check_outputs, whole_file
 from .options import AsJson, Backend, Checkpoint, Device, Experts, Force, Layers, Recipe
 
 if TYPE_CHECKING:
@@ -61,11 +61,11 @@ def command(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    for path in (report, picture):
-        check_output(path, force)
+    check_outputs({"--report": report, "--picture": picture}, force)
 
     from ..diagnostics.hidden_states import load_hidden_states
-    from ..diagnostics.picture import check_plotting, draw
+    from ..diagnostics.picture import draw
+    from ..diagnostics.plotting import check_plotting
     from ..diagnostics.verify import verify_checkpoint
 
     if picture is not None:

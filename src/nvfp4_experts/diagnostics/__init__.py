@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking into checkpoints and layers: `inspect`, `verify`, `run`, and the picture. Returns reports; prints nothing."""
+"""Looking into checkpoints and layers: `inspect`, `verify`, `run`, `bench`, pictures; returns reports, never prints."""

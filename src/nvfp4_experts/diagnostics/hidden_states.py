@@ -24,14 +24,18 @@ def synthetic_hidden_states(tokens: int, hidden: int, seed: int = 0, dtype: torc
     """Draw (tokens, hidden) values of N(0, 1) on the CPU; the same seed gives the same values everywhere.
 
     Raises:
-        InputError: a negative count of tokens, or a seed of more than 64 bits.
+        InputError: a negative count of tokens, a seed of more than 64 bits, or more than memory holds.
     """
     if tokens < 0:
         raise InputError("tokens", "must be 0 or more", tokens, "give the number of rows to draw")
     if not -(2**63) <= seed < 2**63:
         raise InputError("seed", "must fit 64 bits", seed, "use a smaller one")
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tokens, hidden, generator=generator).to(dtype)
+    try:
+        return torch.randn(tokens, hidden, generator=generator).to(dtype)
+    except (RuntimeError, TypeError) as bad:  # an allocation that fails, or a count beyond 64 bits
+        got = f"{tokens} rows of {hidden} fp32, {tokens * hidden * 4} bytes"
+        raise InputError("tokens", "must fit in memory", got, "ask for fewer") from bad
 
 
 def load_hidden_states(path: str | Path, tensor: str | None = None) -> Tensor:

@@ -4,45 +4,30 @@
 Left: SQNR of gate, up and down in dB. Right: rel-L2 of the output in each activation format, on a logarithmic axis,
 filled against the original weights (all that was lost) and hollow against the checkpoint's own (what the activation
 format alone costs). Where a layer has several experts, the marker is their median and the bar their range.
-Colours are Okabe and Ito's, told apart by marker shape as well.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ..errors import UnsupportedError
+from .plotting import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SKY, SMALL, figure_file
 from .verify import ExpertVerification, VerificationReport
 
-_INK, _GREY, _FAINT, _RED = "#222222", "#666666", "#dddddd", "#B22222"
-_PROJECTIONS = {"gate": ("#0072B2", "o"), "up": ("#E69F00", "s"), "down": ("#009E73", "D")}
+_PROJECTIONS = {"gate": (BLUE, "o"), "up": (ORANGE, "s"), "down": (GREEN, "D")}
 _OUTPUTS = {
-    "bf16": ("#0072B2", "o"),
-    "fp8": ("#E69F00", "s"),
-    "nvfp4 static": ("#CC79A7", "v"),
-    "nvfp4 dynamic": ("#009E73", "D"),
-    "nvfp4 per_token": ("#56B4E9", "^"),
+    "bf16": (BLUE, "o"),
+    "fp8": (ORANGE, "s"),
+    "nvfp4 static": (PURPLE, "v"),
+    "nvfp4 dynamic": (GREEN, "D"),
+    "nvfp4 per_token": (SKY, "^"),
 }
-_STYLE = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.axisbelow": True,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": _FAINT, "grid.linewidth": 0.8,
-}  # fmt: skip
 _CROWDED = 16  # layers beyond which markers shrink and not every layer is numbered
 
 _Figure = Callable[[ExpertVerification], float]
-
-
-def check_plotting() -> None:
-    """Raise UnsupportedError, naming the extra, if matplotlib is not there; cheap, so ask before long work."""
-    if importlib.util.find_spec("matplotlib") is None:
-        way_out = "pip install 'nvfp4-experts[plot]', or leave the picture out"
-        raise UnsupportedError("picture", "needs matplotlib, which the [plot] extra installs", "no matplotlib", way_out)
 
 
 def draw(report: VerificationReport, path: str | Path) -> None:
@@ -51,23 +36,11 @@ def draw(report: VerificationReport, path: str | Path) -> None:
     Raises:
         UnsupportedError: matplotlib is not installed, or the suffix is no format it writes.
     """
-    check_plotting()
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(10, 4.6), dpi=160, layout="constrained")
-        supported = FigureCanvasAgg(figure).get_supported_filetypes()
-        suffix = Path(path).suffix.lstrip(".")
-        if suffix not in supported:
-            raise UnsupportedError(str(path), f"must end in one of {sorted(supported)}", repr(suffix), "use .png")
-        figure.suptitle(_title(report), fontsize=13, fontweight="bold", x=0.008, ha="left")
-        figure.text(0.995, 0.975, _caption(report), fontsize=8.5, color=_GREY, ha="right", va="top")
+    with figure_file(path, (10, 4.6), _title(report)) as figure:
+        figure.text(0.995, 0.975, _caption(report), fontsize=SMALL, color=GREY, ha="right", va="top")
         weights, outputs = figure.subplots(1, 2, width_ratios=(2, 3))
         _draw_weights(weights, report.experts)
         _draw_outputs(outputs, report)
-        figure.savefig(path)
 
 
 def _title(report: VerificationReport) -> str:
@@ -94,7 +67,7 @@ def _draw_weights(axes: Any, experts: list[ExpertVerification]) -> None:
 def _draw_outputs(axes: Any, report: VerificationReport) -> None:
     _prepare(axes, report.experts, "Outputs", "relative L2 error (lower is better)")
     reading = "filled: all that was lost  ·  hollow: lost to the activation format alone"
-    axes.set_title(reading, loc="right", fontsize=8.5, color=_GREY)
+    axes.set_title(reading, loc="right", fontsize=SMALL, color=GREY)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     labels = dict.fromkeys(output.label for expert in report.experts for output in expert.outputs)
@@ -105,13 +78,13 @@ def _draw_outputs(axes: Any, report: VerificationReport) -> None:
             figure = _output_figure(label, filled)
             _series(axes, report.experts, figure, colour, marker, offset, label if filled else None, filled)
     if not labels:
-        _series(axes, report.experts, lambda expert: expert.exact.rel_l2 or math.nan, _INK, "o", 0.0, "exact math")
+        _series(axes, report.experts, lambda expert: expert.exact.rel_l2 or math.nan, INK, "o", 0.0, "exact math")
     if all(expert.exact.rel_l2 == 0 for expert in report.experts) and not labels:
         axes.text(0.5, 0.5, "no error: the weights are the original's", transform=axes.transAxes, ha="center")
-    axes.axhline(report.max_error, color=_RED, linewidth=1.2, linestyle="--", zorder=1)
+    axes.axhline(report.max_error, color=RED, linewidth=1.2, linestyle="--", zorder=1)
     axes.annotate(
         f"bound for bf16: {report.max_error:g}", (1, report.max_error), xycoords=("axes fraction", "data"),
-        xytext=(0, 3), textcoords="offset points", ha="right", color=_RED, fontsize=8.5,
+        xytext=(0, 3), textcoords="offset points", ha="right", color=RED, fontsize=SMALL,
     )  # fmt: skip
     low, high = axes.get_ylim()
     axes.set_ylim(low, max(high, 1.6 * report.max_error))
@@ -174,5 +147,5 @@ def _legend(axes: Any) -> None:
     series, labels = axes.get_legend_handles_labels()
     axes.legend(
         [bars.lines[0] for bars in series], labels, loc="upper left", bbox_to_anchor=(-0.02, -0.12),
-        ncols=len(labels), frameon=False, fontsize=8.5, handletextpad=0.1, columnspacing=0.8,
+        ncols=len(labels), frameon=False, fontsize=SMALL, handletextpad=0.1, columnspacing=0.8,
     )  # fmt: skip

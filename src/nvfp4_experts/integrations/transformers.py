@@ -26,6 +26,7 @@ from ..errors import CalibrationError, InputError
 from ..layers.shared_expert import Nvfp4SharedExpert
 
 _NAMES = ("shared_expert", "shared_experts")
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -115,11 +116,11 @@ def swap_shared_experts(
     opened = None if checkpoint is None else open_checkpoint(checkpoint)
     experts = {}
     for name, module in originals.items():
-        device = module.gate_proj.weight.device
+        weights = [module.get_parameter(f"{projection}.weight") for projection in _PROJECTIONS]
         if opened is not None:
-            experts[name] = load_shared_expert(opened, layer_number(name), device=device, recipe=recipe, **options)
+            layer, device = layer_number(name), weights[0].device
+            experts[name] = load_shared_expert(opened, layer, device=device, recipe=recipe, **options)
         else:
-            weights = (module.gate_proj.weight, module.up_proj.weight, module.down_proj.weight)
             limit = _swiglu_limit(module, model)
             experts[name] = Nvfp4SharedExpert.from_weights(*weights, recipe=recipe, swiglu_limit=limit, **options)
     for name, expert in experts.items():
@@ -178,7 +179,7 @@ def _calibrating(name: str, expert: Nvfp4SharedExpert, percentile: float | None,
 def _unfit(module: nn.Module) -> str | None:
     if isinstance(module, Nvfp4SharedExpert):
         return "an NVFP4 expert already"
-    for name in ("gate_proj", "up_proj", "down_proj"):
+    for name in _PROJECTIONS:
         linear = getattr(module, name, None)
         if not isinstance(linear, nn.Linear):
             return f"{name} is {type(linear).__name__}"

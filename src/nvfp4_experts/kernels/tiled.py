@@ -5,8 +5,8 @@
     h[tile]  = silu(min(gate, L)) * clamp(up, -L, L)            fp32, then bf16 or the next quantiser
     y[tile]  = values_of_h @ down_tile.T                        a tile of H
 
-A backend says how its packed weights decode (`TiledWeights`). Every decoded value (e2m1 * block scale) and every entered
-activation is exact in bf16 (`formats.codes.decode_blocks` proves it), so the operands are bf16 where the device
+A backend says how its packed weights decode (`TiledWeights`). Every decoded value (e2m1 * block scale) and every
+entered activation is exact in bf16 (`formats.codes.decode_blocks` proves it), so the operands are bf16 where the device
 multiplies bf16 into an fp32 result and fp32 elsewhere: the products are the same.
 
 The sum over k is the vendor library's; it may depend on T and so may the last bit of a result.
@@ -91,7 +91,7 @@ def intermediate(
         gate_tile, up_tile = weights.gate_up(rows)
         gate = _linear(values, scale, gate_tile, gate_scale, call.activations)
         up = _linear(values, scale, up_tile, up_scale, call.activations)
-        h[:, rows] = _swiglu(gate, up, call.swiglu_limit)
+        _swiglu(gate, up, call.swiglu_limit, out=h[:, rows])
     return h
 
 
@@ -103,7 +103,7 @@ def shared_expert(x: Tensor, weights: TiledWeights, size: int, call: Call, out: 
     h = intermediate(values, scale, weights, size, call, h_dtype)
     values, scale = enter(h, call, call.hidden_scale)
     for rows in _row_tiles(out.shape[1], size, weights.tile_values):
-        out[:, rows] = _linear(values, scale, weights.down(rows), weights.global_scales[2], call.activations)
+        _linear(values, scale, weights.down(rows), weights.global_scales[2], call.activations, out=out[:, rows])
 
 
 def _row_tiles(rows: int, columns: int, tile_values: int) -> Iterator[slice]:
@@ -111,12 +111,20 @@ def _row_tiles(rows: int, columns: int, tile_values: int) -> Iterator[slice]:
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-def _linear(values: Tensor, scale: Tensor | None, tile: Tensor, global_scale: Tensor, activations: str) -> Tensor:
-    """(T, K) values times one tile of weight rows (N, K): (T, N) fp32, scales applied to the sum."""
+def _linear(
+    values: Tensor,
+    scale: Tensor | None,
+    tile: Tensor,
+    global_scale: Tensor,
+    activations: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    """(T, K) values times one tile of weight rows (N, K): (T, N) fp32, scales applied to the sum; or into `out`."""
     if activations == "fp8":
         rounded, row_scale = quantize_fp8_rows(tile)
         tile, global_scale = rounded.to(values.dtype), row_scale[:, 0] * global_scale
-    return _matmul(values, tile).mul_(global_scale if scale is None else scale * global_scale)
+    sums = _matmul(values, tile)
+    return torch.mul(sums, global_scale if scale is None else scale * global_scale, out=sums if out is None else out)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -126,7 +134,8 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b.T, out_dtype=torch.float32)
 
 
-def _swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor, limit: float, out: Tensor) -> None:
+    """fp32 gate and up, overwritten, to `out`, rounded once to its dtype."""
     if limit > 0:
         gate, up = gate.clamp_(max=limit), up.clamp_(-limit, limit)
-    return torch.nn.functional.silu(gate).mul_(up)
+    torch.mul(torch.nn.functional.silu(gate, inplace=True), up, out=out)

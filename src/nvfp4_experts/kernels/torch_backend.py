@@ -2,10 +2,10 @@
 """The backend that runs anywhere: plain torch, weights kept packed, decoded a tile of output rows at a time.
 
     resident   0.5625 bytes per weight (a nibble, and an e4m3 scale per 16)
-    scratch    one decoded tile of TILE_VALUES weights (gate's and up's), gate and up of the tile (T, rows) fp32, h (T, I)
+    scratch    one decoded tile of TILE_VALUES weights (gate's and up's), gate and up of it (T, rows) fp32, h (T, I)
 
-Weights are stacked (gate rows, then up rows) and otherwise as in a checkpoint. Floor of a call: 0.5625 * 3HI bytes read,
-2 * T * 3HI flops.
+Weights are stacked (gate rows, then up rows) and otherwise as in a checkpoint. Floor of a call: 0.5625 * 3HI bytes
+read, 2 * T * 3HI flops.
 """
 
 from __future__ import annotations

@@ -130,7 +130,8 @@ class Nvfp4SharedExpert(nn.Module):
 
         Args:
             x: (..., H) bf16, fp16 or fp32 on the device of the weights, any strides, at most max_tokens rows.
-            out: where to write: contiguous, shape, dtype and device of x, not overlapping x; None allocates.
+            out: where to write: contiguous, shape, dtype and device of x, outside the memory from x's first element to
+                its last (not checked in compiled code); None allocates.
 
         Returns:
             (..., H) in the dtype of x, the caller's own: no later call changes it.
@@ -176,6 +177,7 @@ class Nvfp4SharedExpert(nn.Module):
             CalibrationError: x is empty, all zero or not finite (so is h); the scales are as they were.
 
         Numerics: the activation mode in force does not change; ask for activation_scale="static" to use the scales.
+            Not for concurrent use: of two calls at the same time, one may lose what the other saw.
         """
         self._check_call(x, None, needs_static=False)
         rows = x.reshape(-1, self.hidden_size)
@@ -297,6 +299,8 @@ class Nvfp4SharedExpert(nn.Module):
                 raise InputError(
                     "out", "must be contiguous, with shape, dtype and device of x", got_text, "use empty_like"
                 )
+            if not torch.compiler.is_compiling() and _overlap(x, out):
+                raise InputError("out", "must not overlap x", "memory that x spans", "use empty_like")
         static = needs_static and self.activations == "nvfp4" and self.activation_scale == "static"
         if static and (self._input_scale is None or self._hidden_scale is None):
             way_out = (
@@ -391,6 +395,19 @@ def _check_weights(gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> Non
     if not gate.device == up.device == down.device:
         devices = f"{gate.device}, {up.device}, {down.device}"
         raise LayoutError("weights", "gate, up and down must be on one device", devices, "move them with .to()")
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the bytes from first to last element of two tensors of one shape and device meet."""
+    if a.numel() == 0 or a.is_meta:
+        return False
+    (a_start, a_stop), (b_start, b_stop) = _span(a), _span(b)
+    return a_start < b_stop and b_start < a_stop
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (last + 1) * t.itemsize
 
 
 def _checked_limit(limit: float | None) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as tensor-core fragments: a lane's 16-byte load is its operand for four mma.m16n8k16, its 2-byte load the scales.
+"""Weights as tensor-core fragments: a lane's 16-byte load is its operand for four mma.m16n8k16, 2 bytes its scales.
 
 A matrix (N, K) is cut into tiles of 16 rows; a tile into chunks of 64 columns (K padded with zeros); chunks are grouped
 in stages of 16. A stage lies in memory as all its codes, then all its scales:
@@ -9,9 +9,9 @@ in stages of 16. A stage lies in memory as all its codes, then all its scales:
              rows g (h = 0) and g + 8 (h = 1), columns 16 c + 4 j + i, i = 0..3
     scales : lane l owns bytes 2 l (row g) and 2 l + 1 (row g + 8), the block of columns 16 c .. 16 c + 15
 
-so that a lane meets one block per row and chunk. Within a word, code (h, i) is half i % 2 of register q = 2 (i // 2) + h
-of the mma; its sign goes to bit SIGN_BIT[q] and its magnitude ee m to bits EXPONENT_BIT[q]+1, EXPONENT_BIT[q] and
-MANTISSA_BIT[q] of that half. bf16 wants them at 15, 8..7 and 6, where they read as e2m1 * 2^-126:
+so that a lane meets one block per row and chunk. Within a word, code (h, i) is half i % 2 of register
+q = 2 (i // 2) + h of the mma; its sign goes to bit SIGN_BIT[q] of that half, its exponent to bits EXPONENT_BIT[q]
+and the next, its mantissa to MANTISSA_BIT[q]. bf16 wants them at 15, 8..7 and 6, where they read as e2m1 * 2^-126:
 
     register q      0           1           2           3
     sign            15          12 (<<3)    9 (<<6)     11 (<<4)

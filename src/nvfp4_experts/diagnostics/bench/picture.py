@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ...errors import UnsupportedError
-from ..picture import _FAINT, _GREY, _INK, _STYLE, check_plotting
+from ..plotting import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, SMALL, VERMILION, figure_file
 from .report import BenchReport, Row
 
-_OURS = [("#0072B2", "o"), ("#009E73", "D"), ("#56B4E9", "^"), ("#CC79A7", "v"), (_INK, "P"), ("#999999", "X")]
-_PEERS = [("#E69F00", "s"), ("#D55E00", "h"), ("#8C6D1F", "d")]
+_OURS = [(BLUE, "o"), (GREEN, "D"), (SKY, "^"), (PURPLE, "v"), (INK, "P"), ("#999999", "X")]
+_PEERS = [(ORANGE, "s"), (VERMILION, "h"), ("#8C6D1F", "d")]
 _LABEL_GAP = 0.055  # least distance of two names, as a share of the axis
 
 
@@ -27,27 +26,15 @@ def draw_bench(report: BenchReport, path: str | Path) -> None:
     Raises:
         UnsupportedError: matplotlib is not installed, or the suffix is no format it writes.
     """
-    check_plotting()
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(9, 5.4), dpi=160, layout="constrained")
-        supported = FigureCanvasAgg(figure).get_supported_filetypes()
-        suffix = Path(path).suffix.lstrip(".")
-        if suffix not in supported:
-            raise UnsupportedError(str(path), f"must end in one of {sorted(supported)}", repr(suffix), "use .png")
-        title = f"One shared expert, {report.shape}: H {report.hidden_size}, I {report.intermediate_size}"
-        figure.suptitle(title, fontsize=13, fontweight="bold", x=0.008, ha="left")
+    title = f"One shared expert, {report.shape}: H {report.hidden_size}, I {report.intermediate_size}"
+    with figure_file(path, (9, 5.4), title) as figure:
         axes = figure.subplots()
-        axes.set_title(_caption(report), loc="left", fontsize=8.5, color=_GREY)
+        axes.set_title(_caption(report), loc="left", fontsize=SMALL, color=GREY)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time per call, µs (lower is better)")
         ends = [_draw_candidate(axes, report.of(name), *look) for name, look in _looks(report).items()]
         _draw_floor(axes, report)
         _axes(axes, report)
         _name_lines(axes, [end for end in ends if end is not None])
-        figure.savefig(path)
 
 
 def _caption(report: BenchReport) -> str:
@@ -82,18 +69,18 @@ def _draw_floor(axes: Any, report: BenchReport) -> None:
     floors: dict[float, float] = {row.tokens: row.floor_us for row in report.rows}
     tokens = sorted(floors)
     if len(tokens) == 1:
-        axes.axhline(floors[tokens[0]], color=_INK, linestyle="--", linewidth=1.4)
+        axes.axhline(floors[tokens[0]], color=INK, linestyle="--", linewidth=1.4)
         return
     # The corner, where reading and multiplying take the same time, lies between two of the tokens that were run.
     weights = 3 * report.hidden_size * report.intermediate_size
     corner = min(floors.values()) * 1e-6 * report.ceilings.matmul_flop_per_second / (2 * weights)
     places: list[float] = sorted({*tokens, *([corner] if tokens[0] < corner < tokens[-1] else [])})
     line = [floors.get(place, min(floors.values())) for place in places]
-    axes.plot(places, line, color=_INK, linestyle="--", linewidth=1.4)
-    axes.fill_between(places, line, [1e-9] * len(places), color=_FAINT, alpha=0.5, linewidth=0, zorder=0)
+    axes.plot(places, line, color=INK, linestyle="--", linewidth=1.4)
+    axes.fill_between(places, line, [1e-9] * len(places), color=FAINT, alpha=0.5, linewidth=0, zorder=0)
     axes.annotate(
         "floor: reads at full rate, then multiplies at full rate", (places[0], line[0]), xytext=(4, -4),
-        textcoords="offset points", va="top", fontsize=8.5,
+        textcoords="offset points", va="top", fontsize=SMALL,
     )  # fmt: skip
 
 

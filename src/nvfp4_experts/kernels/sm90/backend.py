@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hopper: which kernel runs a shared expert at which number of tokens.
 
-    tokens            bf16, nvfp4 static, nvfp4 per_token    nvfp4 dynamic    fp8
-    1 .. 8            decode.cu                              decode.cu        unpack.cu + GEMM
-    9 .. 48           decode.cu, 8 tokens a launch           unpack + GEMM    unpack.cu + GEMM
-    more              unpack.cu + GEMM                       unpack + GEMM    unpack.cu + GEMM
+    tokens       bf16, nvfp4 static, nvfp4 per_token    nvfp4 dynamic       fp8
+    1 .. 8       decode.cu                              decode.cu           unpack.cu + GEMM
+    9 .. 56      decode.cu, 8 tokens a launch           unpack.cu + GEMM    unpack.cu + GEMM
+    more         unpack.cu + GEMM                       unpack.cu + GEMM    unpack.cu + GEMM
 
 decode.cu keeps rows apart, so within its range a token's result does not depend on the others (but for "dynamic", whose
-scale is theirs). The GEMM is the vendor's, bf16 in and fp32 out, over tiles of TILE_VALUES weights unpacked to bf16.
+scale is theirs). What stands to the right of it is prefill.py.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch import Tensor
 
 from ...formats.codes import decode_blocks
 from ...formats.nvfp4 import Nvfp4Tensor
-from ...layouts.fragments import COLUMNS, ROWS, fragment_bytes, pack_fragments, unpack_fragments
+from ...layouts.fragments import ROWS, fragment_bytes, pack_fragments, unpack_fragments
 from ...layouts.weights import deinterleave_rows, interleave_gate_up
-from .. import tiled
 from ..dispatch import Call, Problem
 from ..target import target_of
-from .compile import load_kernel
+from . import prefill
+from .compile import current_stream, load_kernel
 from .workspace import counters
 
 DECODE_TOKENS = 8
-DECODE_LIMIT = 48
-TILE_VALUES = 1 << 21
+DECODE_LIMIT = 56
 STAGES = 6
 _THREADS = 640
+_AMAX_ROWS = 512
 _STAGE_BYTES, _PARTIAL_BYTES, _SMALL_BYTES = 9216, 16384, 1024
 _MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}
 _ELEMENT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -57,12 +57,14 @@ class Sm90Backend:
         return {
             "gate_up_fragments": pack_fragments(*interleave_gate_up(gate, up)),
             "gate_up_global_scales": torch.stack((gate.global_scale, up.global_scale)),
+            "gate_up_row_amax": torch.stack((_row_amax(gate), _row_amax(up))),
             "down_fragments": pack_fragments(down.codes, down.block_scales),
             "down_global_scale": down.global_scale.reshape(1),
+            "down_row_amax": _row_amax(down),
         }
 
     def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Tensor, ...]:
-        gate_up, global_scales, down, down_global_scale = weights.values()
+        gate_up, global_scales, _, down, down_global_scale, _ = weights.values()
         codes, block_scales = unpack_fragments(gate_up, 2 * intermediate, hidden)
         gate_codes, up_codes = deinterleave_rows(codes)
         gate_bytes, up_bytes = deinterleave_rows(block_scales.view(torch.uint8))
@@ -77,11 +79,8 @@ class Sm90Backend:
         modes = {"nvfp4": ("static", "dynamic", "per_token"), "bf16": ("bf16",), "fp8": ()}[problem.activations]
         for mode in modes:
             _decode_kernel(problem.hidden, problem.intermediate, mode, torch.bfloat16, device)
-        _unpack_kernel(problem.hidden, 8, device)
-        _unpack_kernel(problem.intermediate, ROWS, device)
+        prefill.prepare(problem, device)
         counters(device, _blocks(problem.intermediate, device))
-        empty = torch.zeros(1, 8, dtype=torch.uint8, device=device)
-        decode_blocks(empty, empty[:, :1].view(torch.float8_e4m3fn))  # builds its table
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         mode = call.activation_scale if call.activations == "nvfp4" else call.activations
@@ -89,7 +88,7 @@ class Sm90Backend:
         # Rows are whole tiles of 16: N of a packed matrix follows from its size and K.
         size = weights[0].numel() // fragment_bytes(ROWS, x.shape[1]) * ROWS // 2
         if x.shape[0] > limit:
-            tiled.shared_expert(x, _tiles(weights, x.shape[1], size), size, call, out)
+            prefill.shared_expert(x, weights, call, size, out)
             return
         for start in range(0, x.shape[0], DECODE_TOKENS):
             rows = slice(start, start + DECODE_TOKENS)
@@ -113,12 +112,12 @@ def _decode(x: Tensor, weights: list[Tensor], mode: str, call: Call, size: int, 
         programmatic_stream_serialization=True,
     )
     launch(
-        _stream(torch.cuda.current_stream(x.device).cuda_stream),
+        current_stream(x.device),
         config,
         kernel,
         x.data_ptr(),
         np.int32(x.shape[0]),
-        *(weight.data_ptr() for weight in weights),
+        *(weights[index].data_ptr() for index in (0, 1, 3, 4)),
         0 if call.input_scale is None else call.input_scale.data_ptr(),
         0 if call.hidden_scale is None else call.hidden_scale.data_ptr(),
         np.float32(call.swiglu_limit),
@@ -128,37 +127,10 @@ def _decode(x: Tensor, weights: list[Tensor], mode: str, call: Call, size: int, 
     )
 
 
-def _tiles(weights: list[Tensor], hidden: int, size: int) -> tiled.TiledWeights:
-    gate_up, global_scales, down, down_global_scale = weights
-
-    def gate_up_tile(rows: slice) -> tuple[Tensor, Tensor]:
-        gate, up = _unpack(gate_up, rows.start * 2, rows.stop * 2, hidden, split=8).unbind(0)
-        return gate, up
-
-    def down_tile(rows: slice) -> Tensor:
-        return _unpack(down, rows.start, rows.stop, size, split=ROWS)[0]
-
-    scales = (global_scales[0], global_scales[1], down_global_scale[0])
-    return tiled.TiledWeights(gate_up_tile, down_tile, scales, TILE_VALUES)
-
-
-def _unpack(packed: Tensor, start: int, stop: int, columns: int, split: int) -> Tensor:
-    """Rows start..stop of a packed matrix as bf16, (ROWS / split, rows * split / ROWS, columns)."""
-    from cuda.core import LaunchConfig, launch
-
-    tiles = (stop - start) // ROWS
-    out = torch.empty(ROWS // split, tiles * split, columns, dtype=torch.bfloat16, device=packed.device)
-    warps = tiles * -(-columns // COLUMNS)
-    launch(
-        _stream(torch.cuda.current_stream(packed.device).cuda_stream),
-        LaunchConfig(grid=-(-warps // 8), block=256),
-        _unpack_kernel(columns, split, packed.device),
-        packed.data_ptr(),
-        np.int32(start // ROWS),
-        np.int32(tiles),
-        out.data_ptr(),
-    )
-    return out
+def _row_amax(w: Nvfp4Tensor) -> Tensor:
+    """Largest |e2m1 * block scale| of each row, (N,) bf16, exact: the unit of its e4m3 rounding."""
+    rows = zip(w.codes.split(_AMAX_ROWS), w.block_scales.split(_AMAX_ROWS), strict=True)
+    return torch.cat([decode_blocks(codes, scales).abs().amax(-1) for codes, scales in rows])
 
 
 def _shared_bytes() -> int:
@@ -181,22 +153,7 @@ def _blocks(intermediate: int, device: torch.device) -> int:
 def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
     sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
     macros = (*sizes, ("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]), ("STAGES", STAGES))
-    return load_kernel("shared_expert_decode", "decode.cu", macros, _shared_bytes(), _index(device))
-
-
-def _unpack_kernel(columns: int, split: int, device: torch.device) -> Any:
-    return load_kernel("unpack_fragments", "unpack.cu", (("COLUMNS", columns), ("SPLIT", split)), 0, _index(device))
-
-
-def _index(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
-@functools.lru_cache(maxsize=1024)
-def _stream(handle: int) -> Any:
-    from cuda.core import Stream
-
-    return Stream.from_handle(handle)
+    return load_kernel("shared_expert_decode", "decode.cu", macros, device, _shared_bytes())
 
 
 BACKEND = Sm90Backend()

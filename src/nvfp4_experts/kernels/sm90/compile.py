@@ -3,8 +3,8 @@
 
     source text + -D macros + architecture + NVRTC version  ->  sha256  ->  <cache>/<sha256>.cubin
 
-The cache is `$NVFP4_EXPERTS_CACHE`, else `$XDG_CACHE_HOME/nvfp4-experts`, else `~/.cache/nvfp4-experts`. Compiling takes
-about a second and happens once per machine and configuration, before the first call: `Backend.prepare` does it.
+The cache is `$NVFP4_EXPERTS_CACHE`, else `$XDG_CACHE_HOME/nvfp4-experts`, else `~/.cache/nvfp4-experts`. Compiling
+takes about a second and happens once per machine and configuration, before the first call: `Backend.prepare` does it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import tempfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...errors import UnsupportedError
 
 ARCHITECTURE = "sm_90a"
+_INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 def cache_directory() -> Path:
@@ -31,8 +35,9 @@ def cache_directory() -> Path:
 
 
 def source_of(name: str) -> str:
-    """The text of a source file beside this module."""
-    return (resources.files(__package__) / name).read_text()
+    """The text of a source file beside this module, with the files beside it that it includes."""
+    text = (resources.files(__package__) / name).read_text()
+    return _INCLUDE.sub(lambda found: source_of(found[1]), text)
 
 
 def compile_cubin(source: str, macros: tuple[tuple[str, int], ...], arch: str) -> bytes:
@@ -57,13 +62,21 @@ def compile_cubin(source: str, macros: tuple[tuple[str, int], ...], arch: str) -
     return code
 
 
-@functools.cache
-def load_kernel(name: str, file: str, macros: tuple[tuple[str, int], ...], shared_bytes: int, device: int) -> Any:
-    """The kernel `name` of `file` on a device, allowed `shared_bytes` of dynamic shared memory.
+def load_kernel(
+    name: str, file: str, macros: tuple[tuple[str, int], ...], device: torch.device, shared_bytes: int = 0
+) -> Any:
+    """The kernel `name` of `file` on a device, allowed `shared_bytes` of dynamic shared memory; loaded once.
 
     Raises:
         UnsupportedError: the device refuses that much shared memory.
     """
+    return _load(
+        name, file, macros, torch.cuda.current_device() if device.index is None else device.index, shared_bytes
+    )
+
+
+@functools.cache
+def _load(name: str, file: str, macros: tuple[tuple[str, int], ...], device: int, shared_bytes: int) -> Any:
     from cuda.bindings import driver
     from cuda.core import Device, ObjectCode
 
@@ -75,3 +88,15 @@ def load_kernel(name: str, file: str, macros: tuple[tuple[str, int], ...], share
         rule = f"must be allowed {shared_bytes} bytes of shared memory"
         raise UnsupportedError(name, rule, status, "use another backend on this device")
     return kernel
+
+
+def current_stream(device: torch.device) -> Any:
+    """torch's current stream of a device, as cuda.core wants it."""
+    return _stream(torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)

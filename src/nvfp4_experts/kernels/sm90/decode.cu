@@ -18,14 +18,12 @@
 // Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token),
 // ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES.
 
+#include "common.cuh"
+
 #define BF16 0
 #define STATIC 1
 #define DYNAMIC 2
 #define PER_TOKEN 3
-
-typedef unsigned short u16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
 
 constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 20 * 32;  // two warps idle
 constexpr int TOKENS = 8;
@@ -95,16 +93,6 @@ struct Shared {
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
-// Element types as bits, so that nothing needs a header at run time.
-struct BFloat16 {
-    u16 bits;
-};
-struct Float16 {
-    u16 bits;
-};
-struct Float32 {
-    float value;
-};
 #if ACTIVATIONS == BF16
 typedef BFloat16 HiddenState;
 #else
@@ -118,66 +106,9 @@ typedef Float16 Element;
 typedef Float32 Element;
 #endif
 
-template <class T>
-__device__ constexpr bool is_bf16() { return false; }
-template <>
-__device__ constexpr bool is_bf16<BFloat16>() { return true; }
-
-__device__ __forceinline__ float to_float(BFloat16 v) { return __uint_as_float((u32)v.bits << 16); }
-__device__ __forceinline__ float to_float(Float32 v) { return v.value; }
-__device__ __forceinline__ float to_float(Float16 v) {
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(v.bits));
-    return f;
-}
-__device__ __forceinline__ void store(BFloat16* to, float v) {
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
-}
-__device__ __forceinline__ void store(Float16* to, float v) {
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to->bits) : "f"(v));
-}
-__device__ __forceinline__ void store(Float32* to, float v) { to->value = v; }
-
-// 16 consecutive columns of one token, as they lie in memory.
-template <class Source>
-union Raw {
-    uint4 words[sizeof(Source)];
-    Source element[16];
-};
-
-// Past the L1 cache: h was written by other blocks during this launch.
-template <class Source>
-__device__ __forceinline__ Raw<Source> load16(const Source* from) {
-    Raw<Source> raw;
-#pragma unroll
-    for (int i = 0; i < (int)sizeof(Source); i++) raw.words[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
-    return raw;
-}
-
-template <class Source>
-__device__ __forceinline__ void unpack16(const Raw<Source>& raw, float (&v)[16]) {
-#pragma unroll
-    for (int i = 0; i < 16; i++) v[i] = to_float(raw.element[i]);
-}
-
-// Keeps the compiler from holding unpacked floats from one use of `raw` to the next: they would not fit the registers.
-template <class Source>
-__device__ __forceinline__ void forget(Raw<Source>& raw) {
-#pragma unroll
-    for (int i = 0; i < (int)sizeof(Source); i++)
-        asm volatile("" : "+r"(raw.words[i].x), "+r"(raw.words[i].y), "+r"(raw.words[i].z), "+r"(raw.words[i].w));
-}
-
 struct Fragment {
     u32 b[8];  // 16 columns of one token as bf16: two registers for each of a chunk's four mma
 };
-
-__device__ __forceinline__ u32 amax16(const float (&v)[16]) {
-    u32 largest = 0;
-#pragma unroll
-    for (int i = 0; i < 16; i++) largest = max(largest, __float_as_uint(v[i]) & 0x7FFFFFFFu);
-    return largest;
-}
 
 // The quantiser of formats/activations.py: global scales g (encode) and s (decode) from an amax or a static scale.
 __device__ __forceinline__ void global_scales(u32 amax_bits, const float* static_scale, float& g, float& s) {
@@ -191,26 +122,6 @@ __device__ __forceinline__ void global_scales(u32 amax_bits, const float* static
     s = __frcp_rn(g);
     if (amax < 0x1p-100f) g = s = 1.0f;
     if (amax_bits >= 0x7F800000u) g = s = __uint_as_float(0x7FC00000u);
-}
-
-// One NVFP4 block in place: v becomes e2m1(v / scales) * block scale, which bf16 holds exactly.
-__device__ __forceinline__ void quantize_block(float (&v)[16], float g, float s) {
-    const float amax = __uint_as_float(amax16(v));
-    const float wanted = __fmul_rn(g, __fmul_rn(amax, 1.0f / 6.0f));
-    u16 byte;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(byte) : "f"(0.0f), "f"(wanted));
-    u32 pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(byte));
-    const float scale = to_float(Float16{(u16)pair});
-    const float inverse = scale == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(scale, s));
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const float magnitude = fminf(__fmul_rn(fabsf(v[i]), inverse), 6.0f);
-        // The e2m1 grid at p = 2^e <= |.|, 1 <= p <= 4, has step p / 2, and so has fp32 around 1.5 * 2^22 p.
-        const float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7F800000u), 1.0f);
-        const float magic = 6291456.0f * power;
-        v[i] = copysignf(__fsub_rn(__fadd_rn(magnitude, magic), magic), v[i]) * scale;
-    }
 }
 
 // The amax that an activation's global scale is made of, over the consumers: of the token in this lane, or of all.
@@ -229,8 +140,7 @@ __device__ __forceinline__ u32 joint_amax(u32 largest, int token, bool one_token
 
 __device__ __forceinline__ void to_bf16(const float (&v)[16], Fragment& fragment) {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(fragment.b[i]) : "f"(v[2 * i + 1]), "f"(v[2 * i]));
+    for (int i = 0; i < 8; i++) fragment.b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
 }
 
 // One token alone: its blocks are spread over all lanes, quantised once, and handed to the four lanes that own them.
@@ -318,23 +228,6 @@ __device__ __forceinline__ void enter(const Source* source, int tokens, const fl
 
 // --- weights --------------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ u32 scaled(u32 codes, u32 scale) {
-    u32 product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(codes), "r"(scale));
-    return product;
-}
-
-// Eight codes in a word as four bf16 pairs, e2m1 * 2^-126; bit places as in layouts/fragments.py.
-__device__ __forceinline__ void decode(u32 word, u32 (&pairs)[4]) {
-    pairs[0] = word & 0x81C081C0u;
-    pairs[1] = (word << 3) & 0x81C081C0u;
-    pairs[2] = (word << 6) & 0x81C081C0u;
-    pairs[3] = ((word << 4) & 0x80008000u) | ((word >> 6) & 0x01800180u) | ((word >> 4) & 0x00400040u);
-}
-
-// A scale byte as bf16 twice, scale * 2^119: the byte is the upper part of fp16(scale * 2^7), whose exponent is moved.
-__device__ __forceinline__ u32 scale_pair(u32 byte) { return byte * 0x00100010u + 0x70007000u; }
-
 __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -419,14 +312,6 @@ __device__ __forceinline__ void reduce(Shared& shared, Ring<2>& partial, Finish 
         partial.next();
         finish(tile, sum);
     }
-}
-
-__device__ __forceinline__ float swiglu(float gate, float up, float limit) {
-    if (limit > 0.0f) {  // NaN passes, as in torch.clamp
-        gate = gate > limit ? limit : gate;
-        up = up > limit ? limit : (up < -limit ? -limit : up);
-    }
-    return gate / (1.0f + expf(-gate)) * up;
 }
 
 // The grid-wide hand-over: a counter that every launch raises by the number of blocks. A launch begins at a multiple of

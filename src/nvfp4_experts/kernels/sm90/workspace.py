@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hand-over counters of the decode kernel: one for every stream, and one for every graph capture.
 
-Blocks of one launch meet at a counter that each launch raises by its number of blocks (`decode.cu`). Launches that may run
-at the same time must not share one: those on different streams, and those in different graphs, which may be replayed
-anywhere. Counters are allocated and zeroed ahead of any capture, SLOTS for a device and a number of blocks.
+Blocks of one launch meet at a counter that each launch raises by its number of blocks (`decode.cu`). Launches that may
+run at the same time must not share one: those on different streams, and those in different graphs, which may be
+replayed anywhere. Counters are allocated and zeroed ahead of any capture, SLOTS for a device and a number of blocks.
 """
 
 from __future__ import annotations

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every Hopper kernel compiles, wherever there is a CUDA compiler: all that `prepare` loads, and other dtypes of x."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvfp4_experts.diagnostics.bench.work import SHAPES
+from nvfp4_experts.kernels.dispatch import ACTIVATIONS, Problem
+from nvfp4_experts.kernels.sm90 import backend, prefill
+from nvfp4_experts.kernels.sm90.compile import ARCHITECTURE, source_of
+from nvfp4_experts.kernels.target import Target
+
+pytestmark = pytest.mark.slow
+
+HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
+RAGGED = (144, 80)
+BF16, STATIC = 0, 1  # ACTIVATIONS of decode.cu
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry point of one source file, and the macros it is compiled with."""
+
+    name: str
+    file: str
+    macros: tuple[tuple[str, int], ...]
+
+    def having(self, **changed: int) -> Kernel:
+        return Kernel(self.name, self.file, tuple({**dict(self.macros), **changed}.items()))
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a compiler made of a kernel: PTX, and what it and ptxas -v said; or the error."""
+
+    ptx: str
+    log: str
+    error: str | None
+
+
+def kernels_of(hidden: int, intermediate: int) -> set[Kernel]:
+    """What the backend loads before its first call with a layer of that size, in any activation format."""
+    found: set[Kernel] = set()
+
+    def record(name: str, file: str, macros: tuple[tuple[str, int], ...], *_: object) -> None:
+        found.add(Kernel(name, file, macros))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "load_kernel", record)
+        patch.setattr(prefill, "load_kernel", record)
+        for activations in ACTIVATIONS:
+            backend.BACKEND.prepare(Problem(hidden, intermediate, activations, HOPPER), torch.device("cpu"))
+    return found
+
+
+def decode_of(shape: str, activations: int) -> Kernel:
+    """The decode kernel of a named shape with bf16 hidden states."""
+    candidates = [k for k in kernels_of(*SHAPES[shape]) if k.file == "decode.cu"]
+    (kernel,) = [k for k in candidates if dict(k.macros)["ACTIVATIONS"] == activations]
+    return kernel
+
+
+def wanted() -> set[Kernel]:
+    small = kernels_of(*RAGGED)
+    elements = {k.having(ELEMENT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
+    big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)}
+    unpacks = {k for shape in SHAPES.values() for k in kernels_of(*shape) if k.file == "unpack.cu"}
+    return small | elements | big | unpacks
+
+
+def with_nvcc(folder: Path, kernel: Kernel) -> Built:
+    folder.mkdir()
+    source = folder / "kernel.cu"
+    source.write_text(source_of(kernel.file))
+    target = f"-gencode=arch={ARCHITECTURE.replace('sm', 'compute')},code={ARCHITECTURE}"
+    command = ["nvcc", target, "-std=c++17", "-Xptxas", "-v", "-cubin", "-keep", "-keep-dir", str(folder)]
+    command += [f"-D{name}={value}" for name, value in kernel.macros]
+    done = subprocess.run([*command, str(source)], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return Built("", "", done.stdout + done.stderr)
+    return Built((folder / "kernel.ptx").read_text(), done.stdout + done.stderr, None)
+
+
+def with_nvrtc(folder: Path, kernel: Kernel) -> Built:
+    from cuda.bindings import nvrtc
+
+    options = [f"--gpu-architecture={ARCHITECTURE}", "--std=c++17", "--ptxas-options=-v"]
+    options += [f"--define-macro={name}={value}" for name, value in kernel.macros]
+    _, program = nvrtc.nvrtcCreateProgram(source_of(kernel.file).encode(), b"kernel.cu", 0, [], [])
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
+    log = text_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+    if int(status):
+        return Built("", "", log)
+    return Built(text_of(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program), log, None)
+
+
+def text_of(size: Callable, get: Callable, program: object) -> str:
+    text = b" " * size(program)[1]
+    get(program, text)
+    return text.decode(errors="replace")
+
+
+@functools.cache
+def compiler() -> Callable[[Path, Kernel], Built] | None:
+    if shutil.which("nvcc"):
+        return with_nvcc
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except (ImportError, RuntimeError, OSError):  # no package, or no library behind it
+        return None
+    return with_nvrtc
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Kernel, Built]:
+    compile_one = compiler()
+    if compile_one is None:
+        pytest.skip("needs nvcc on PATH, or cuda.bindings and NVRTC")
+    kernels, folder = sorted(wanted(), key=repr), tmp_path_factory.mktemp("cubins")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        made = pool.map(compile_one, [folder / str(i) for i in range(len(kernels))], kernels)
+        return dict(zip(kernels, made, strict=True))
+
+
+def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:
+    decodes = [dict(k.macros) for k in built if k.file == "decode.cu"]
+    small = {(m["ACTIVATIONS"], m["ELEMENT"]) for m in decodes if (m["HIDDEN"], m["INTERMEDIATE"]) == RAGGED}
+    assert small == {(activations, element) for activations in range(4) for element in range(3)}
+    assert {(m["HIDDEN"], m["INTERMEDIATE"]) for m in decodes} == {RAGGED, *SHAPES.values()}
+    failed = {kernel: made.error for kernel, made in built.items() if made.error}
+    assert not failed
+    for kernel, made in built.items():
+        assert f".entry {kernel.name}(" in made.ptx and f"'{kernel.name}'" in made.log, kernel
+
+
+def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> None:
+    log = built[decode_of("V4-Flash", BF16)].log
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert spills == [("0", "0")], log
+
+
+@pytest.mark.parametrize("activations", [BF16, STATIC])
+def test_decode_multiplies_on_tensor_cores_and_copies_in_bulk(built: dict[Kernel, Built], activations: int) -> None:
+    for shape in SHAPES:
+        ptx = built[decode_of(shape, activations)].ptx
+        assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
+        assert "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" in ptx
