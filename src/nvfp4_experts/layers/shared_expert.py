@@ -241,16 +241,11 @@ class Nvfp4SharedExpert(nn.Module):
         if activations == "auto":
             activations = "nvfp4" if target_of(device).has_native_fp4 else "bf16"
         if activations not in ACTIVATIONS:
-            raise InputError(
-                "activations", f"must be one of {('auto', *ACTIVATIONS)}", repr(activations), "see the docs"
-            )
+            rule = f"must be one of {('auto', *ACTIVATIONS)}"
+            raise InputError("activations", rule, repr(activations), "pick one of them")
         if activation_scale not in ACTIVATION_SCALES:
-            raise InputError(
-                "activation_scale",
-                f"must be one of {ACTIVATION_SCALES}",
-                repr(activation_scale),
-                "see the docs",
-            )
+            rule = f"must be one of {ACTIVATION_SCALES}"
+            raise InputError("activation_scale", rule, repr(activation_scale), "pick one of them")
         self.activations, self.activation_scale = activations, activation_scale
 
     def _problem(self, device: torch.device) -> Problem:
@@ -339,6 +334,8 @@ class Nvfp4SharedExpert(nn.Module):
         after = self._weights()[0].device
         if after != before and self._choose(after) != self.backend:
             self._set_weights(*self._projections())
+        elif after != before:
+            self._prepare(after)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
