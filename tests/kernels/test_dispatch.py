@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -67,3 +68,13 @@ def test_a_layer_that_is_told_to_run_on_hopper_does_not_fall_back() -> None:
     weights = torch.randn(32, 64), torch.randn(32, 64), torch.randn(64, 32)
     with pytest.raises(UnsupportedError, match=r"backend 'sm90'.*sm90: needs a Hopper GPU.*; torch: can run this"):
         Nvfp4SharedExpert.from_weights(*weights, backend="sm90")
+
+
+def test_hopper_without_a_compiler_is_refused_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvfp4_experts.kernels.sm90 import backend
+
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    backend._compiler_problem.cache_clear()
+    refusal = backend.BACKEND.refusal(Problem(64, 32, "bf16", Target("cuda", "a Hopper", (9, 0), 132)))
+    backend._compiler_problem.cache_clear()
+    assert refusal is not None and "nvfp4-experts[gpu]" in refusal and "cuda.core" in refusal

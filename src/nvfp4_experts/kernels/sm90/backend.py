@@ -13,7 +13,7 @@ scale is theirs). What stands to the right of it is prefill.py.
 from __future__ import annotations
 
 import functools
-import importlib.util
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +49,11 @@ class Sm90Backend:
     def refusal(self, problem: Problem) -> str | None:
         if problem.target.capability != (9, 0):
             return "needs a Hopper GPU (compute capability 9.0)"
-        if not _has_cuda_core():
-            return "needs cuda-core to compile its kernels (pip install 'nvfp4-experts[gpu]')"
+        problem_here = _compiler_problem()
+        if problem_here is not None:
+            return (
+                f"needs cuda-core and NVRTC to compile its kernels (pip install 'nvfp4-experts[gpu]'): {problem_here}"
+            )
         return None
 
     def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
@@ -138,11 +141,14 @@ def _shared_bytes() -> int:
 
 
 @functools.cache
-def _has_cuda_core() -> bool:
+def _compiler_problem() -> str | None:
+    """Why kernels cannot be compiled here, in the words of what failed; None if they can."""
     try:
-        return importlib.util.find_spec("cuda.core") is not None
-    except ModuleNotFoundError:  # not even the namespace it lives in
-        return False
+        importlib.import_module("cuda.core")
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
+    except (ImportError, RuntimeError, OSError) as problem:  # no package, or no NVRTC library behind it
+        return str(problem).partition("\n")[0]
+    return None
 
 
 def _blocks(intermediate: int, device: torch.device) -> int:
