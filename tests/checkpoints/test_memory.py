@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of a conversion: a constant, whatever the size of the tensors; `python -m tests.checkpoints.test_memory`
-prints the measurement that docs/checkpoints.md quotes."""
+prints the measurement that docs/measured.md quotes."""
 
 from __future__ import annotations
 

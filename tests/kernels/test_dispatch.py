@@ -75,6 +75,9 @@ def test_hopper_without_a_compiler_is_refused_with_the_way_out(monkeypatch: pyte
 
     monkeypatch.setitem(sys.modules, "cuda.core", None)
     backend._compiler_problem.cache_clear()
-    refusal = backend.BACKEND.refusal(dispatch.Problem(64, 32, "bf16", Target("cuda", "a Hopper", (9, 0), 132)))
+    problem = dispatch.Problem(64, 32, "bf16", Target("cuda", "a Hopper", (9, 0), 132))
+    with pytest.warns(UserWarning, match="cannot run on this Hopper GPU"):
+        refusal = backend.BACKEND.refusal(problem)
+    assert backend.BACKEND.refusal(problem) == refusal  # and warns no more: a warning would raise here
     backend._compiler_problem.cache_clear()
     assert refusal is not None and "nvfp4-experts[gpu]" in refusal

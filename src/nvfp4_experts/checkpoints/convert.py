@@ -7,7 +7,7 @@
 
 A conversion that was killed is started again in the same words: shards that are finished are kept if the source, the
 options and the package are the same (the fingerprint) and their headers are the planned ones; else it starts afresh.
-Memory: one band of rows and its temporaries, see `weights.BAND_VALUES`; docs/checkpoints.md has the measurement.
+Memory: one band of rows and its temporaries, see `weights.BAND_VALUES`; docs/measured.md has the measurement.
 """
 
 from __future__ import annotations

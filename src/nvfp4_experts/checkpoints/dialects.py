@@ -11,7 +11,7 @@ by a config alone.
     dialect             format     tensors of a weight (N, K)
     plain               bf16 ...   weight (N, K)
     deepseek            fp8_block  weight e4m3 (N, K); scale e8m0|f32 or weight_scale_inv f32 (ceil N/b0, ceil K/b1)
-    deepseek            mxfp4      weight i8|u8 (N, K/2); scale e8m0 (N, K/32)
+    deepseek            mxfp4      weight i8|u8 (N, K/2); scale e8m0|u8 (N, K/32)
     modelopt            nvfp4      weight u8 (N, K/2); weight_scale e4m3 (N, K/16); weight_scale_2 f32 [];
                                    input_scale f32 [], may be absent
     compressed-tensors  nvfp4      weight_packed u8 (N, K/2); weight_scale e4m3 (N, K/16);

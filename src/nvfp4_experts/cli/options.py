@@ -17,7 +17,7 @@ Activations = Literal["auto", "nvfp4", "fp8", "bf16"]
 ActivationScale = Literal["static", "dynamic", "per_token"]
 
 Checkpoint = Annotated[
-    str, typer.Argument(metavar="CKPT", help="Checkpoint directory, or a Hugging Face Hub id.", show_default=False)
+    str, typer.Argument(metavar="CKPT", help="Checkpoint directory, .safetensors file or Hub id.", show_default=False)
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of tables.")]
 Force = Annotated[bool, typer.Option("--force", help="Overwrite output files that exist.")]

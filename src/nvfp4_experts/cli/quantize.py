@@ -23,7 +23,8 @@ EXAMPLE = "Example: [bold]nvfp4-experts quantize tiny-bf16 tiny-nvfp4 --experts 
 
 def command(
     src: Annotated[
-        str, typer.Argument(metavar="SRC", help="Checkpoint directory, or a Hugging Face Hub id.", show_default=False)
+        str,
+        typer.Argument(metavar="SRC", help="Checkpoint directory, .safetensors file or Hub id.", show_default=False),
     ],
     dst: Annotated[
         Path,

@@ -2,7 +2,7 @@
 """A guess at what is wrong with an expert whose weights are far from the original's: undo a known mistake, look again.
 
 Each known mistake has a way to undo it. A hint is given where the weight error (rel-L2) is beyond SUSPICIOUS as the
-weights stand and falls below it when the mistake is undone; a constant factor, which may be as small as 5 %, is
+weights stand and falls below it when the mistake is undone; a constant factor, which may be as small as 3 %, is
 looked for by least squares.
 
     factor = <original, actual> / <actual, actual>        1 for faithful weights, within about 1 %

@@ -2,7 +2,8 @@
 """The backend that runs anywhere: plain torch, weights kept packed, decoded a tile of output rows at a time.
 
     resident   0.5625 bytes per weight (a nibble, and an e4m3 scale per 16)
-    scratch    one decoded tile of TILE_VALUES weights (gate's and up's), gate and up of it (T, rows) fp32, h (T, I)
+    scratch    decoded tiles of TILE_VALUES weights (one of gate and one of up, or one of down), their fp32 sums
+               (T, rows), h (T, I)
 
 Weights are stacked (gate rows, then up rows) and otherwise as in a checkpoint. Floor of a call: 0.5625 * 3HI bytes
 read, 2 * T * 3HI flops.

@@ -34,7 +34,7 @@ def observed_scale(name: str, values: Tensor, percentile: float | None, previous
         CalibrationError: there are no values, all are zero, or one is NaN or infinite; nothing has changed then.
         InputError: percentile outside (0, 100].
 
-    Cost: one pass (two with a percentile) and one host read.
+    Cost: one pass and one host read (two of each with a percentile).
     """
     if percentile is not None and not 0 < percentile <= 100:
         raise InputError("percentile", "must be in (0, 100]", percentile, "use 99.9, or None for the maximum")

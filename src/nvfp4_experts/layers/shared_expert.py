@@ -51,7 +51,7 @@ class Nvfp4SharedExpert(nn.Module):
         backend: a name from `kernels.dispatch.BACKENDS`, or "auto".
 
     Raises:
-        LayoutError: shapes that do not fit together.
+        LayoutError: shapes that do not fit together, or negative block scales, which sm90 cannot hold.
         InputError: an option outside its range.
         UnsupportedError: the backend cannot run this here.
 

@@ -44,7 +44,7 @@ class GraphTimer:
         calls: one callable per copy of the weights.
         x: (T, H), where each replay starts.
 
-    Cost: warms up on a side stream (compiling whatever compiles on first use), captures, replays once.
+    Cost: warms up on a side stream (compiling whatever compiles on first use), captures, replays a few times.
     """
 
     def __init__(self, calls: Sequence[Call], x: Tensor) -> None:

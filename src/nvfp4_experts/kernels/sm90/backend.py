@@ -7,13 +7,14 @@
     more         unpack.cu + GEMM                       unpack.cu + GEMM    unpack.cu + GEMM
 
 decode.cu keeps rows apart, so within its range a token's result does not depend on the others (but for "dynamic", whose
-scale is theirs). What stands to the right of it is prefill.py.
+scale is theirs). "unpack.cu + GEMM" is prefill.py.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,12 +50,7 @@ class Sm90Backend:
     def refusal(self, problem: Problem) -> str | None:
         if problem.target.capability != (9, 0):
             return "needs a Hopper GPU (compute capability 9.0)"
-        problem_here = _compiler_problem()
-        if problem_here is not None:
-            return (
-                f"needs cuda-core and NVRTC to compile its kernels (pip install 'nvfp4-experts[gpu]'): {problem_here}"
-            )
-        return None
+        return _compiler_problem()
 
     def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
         return {
@@ -142,12 +138,18 @@ def _shared_bytes() -> int:
 
 @functools.cache
 def _compiler_problem() -> str | None:
-    """Why kernels cannot be compiled here, in the words of what failed; None if they can."""
+    """Why kernels cannot be compiled here, in the words of what failed, with a warning; None if they can.
+
+    The warning comes once: who asked for "auto" on a Hopper would not otherwise hear that its backend was passed over.
+    """
     try:
         importlib.import_module("cuda.core")
         importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as problem:  # no package, or no NVRTC library behind it
-        return str(problem).partition("\n")[0]
+        what = str(problem).partition("\n")[0]
+        reason = f"needs cuda-core and NVRTC to compile its kernels (pip install 'nvfp4-experts[gpu]'): {what}"
+        warnings.warn(f"backend 'sm90' cannot run on this Hopper GPU: it {reason}", stacklevel=2)
+        return reason
     return None
 
 

@@ -7,7 +7,7 @@
     ...              and the same for down
 
 Every operand is exact in bf16 and every sum fp32, as in kernels/reference.py. Scratch: a tile of TILE_VALUES weights of
-one matrix (twice that for gate and up), its sums, h. Floor: 2 * T * 3HI flops, and 4.5 bytes per weight to unpack.
+one matrix (twice that for gate and up), its sums, h. Floor: 2 * T * 3HI flops, and 2.5625 bytes per weight to unpack.
 """
 
 from __future__ import annotations
