@@ -32,14 +32,15 @@ print(peak() - before)
 
 CONSTANT = 24 << 20
 FP8_ROW = 16 * 128
-"""What docs/checkpoints.md promises beyond an idle interpreter with the package loaded: the constant and, for FP8, so
-many bytes per column, since a band is at least one row of blocks of 128."""
+PER_TENSOR = 2 << 10
+"""What docs/checkpoints.md promises beyond an idle interpreter with the package loaded: the constant; for FP8, so many
+bytes per column, since a band is at least one row of blocks of 128; and the metadata of each tensor."""
 
 KINDS = ("BF16", "FP8", "MXFP4")
 
 
-def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int) -> int:
-    """A checkpoint whose weights repeat one block of random bytes; returns the bytes of its largest tensor."""
+def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int, others: int = 0) -> int:
+    """A checkpoint whose weights repeat one block of bytes, and `others` tiny tensors; returns its largest tensor's."""
     path.mkdir()
     (path / "config.json").write_text("{}")
     specs: list[tuple[str, str, list[int], int, bytes]] = [
@@ -57,6 +58,7 @@ def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int) -> int:
         else:
             specs.append((f"{name}.weight", "I8", [n, k // 2], n * k // 2, b"\x12\x3c\x81\xbd"))
             specs.append((f"{name}.scale", "F8_E8M0", [n, k // 32], n * k // 32, b"\x75\x76"))
+    specs += [(f"model.layers.{i}.some_other_norm.weight", "BF16", [4], 8, b"\x12\x3c") for i in range(others)]
     header, end = {}, 0
     for name, dtype, shape, size, _ in specs:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
@@ -71,10 +73,10 @@ def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int) -> int:
     return max(size for *_, size, _ in specs)
 
 
-def measure(folder: Path, kind: str, rows: int, columns: int) -> tuple[int, int]:
+def measure(folder: Path, kind: str, rows: int, columns: int, others: int = 0) -> tuple[int, int]:
     """(bytes of the largest tensor, bytes by which the peak rose while converting)."""
     sparse_checkpoint(folder / f"{kind}-small", kind, 256, 128)
-    largest = sparse_checkpoint(folder / f"{kind}-large", kind, rows, columns)
+    largest = sparse_checkpoint(folder / f"{kind}-large", kind, rows, columns, others)
     command = [sys.executable, "-c", CHILD, kind, *(str(folder / f"{kind}-{s}") for s in ("small", "large", "out"))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
@@ -89,6 +91,11 @@ def test_peak_memory_does_not_grow_with_the_tensor(tmp_path: Path, kind: str) ->
     assert 0 < rise < promised
 
 
+def test_peak_memory_grows_by_metadata_alone_with_the_number_of_tensors(tmp_path: Path) -> None:
+    _, rise = measure(tmp_path, "BF16", 256, 128, others=20_000)
+    assert 0 < rise < CONSTANT + PER_TENSOR * 20_000
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         for source in KINDS:
@@ -96,3 +103,7 @@ if __name__ == "__main__":
                 (Path(scratch) / f"{source}{size}").mkdir()
                 biggest, risen = measure(Path(scratch) / f"{source}{size}", source, size, 8192)
                 print(f"{source:6} largest tensor {biggest >> 20:4} MiB   peak rose by {risen / (1 << 20):5.1f} MiB")
+        for count in (20_000, 100_000):
+            (Path(scratch) / f"{count}").mkdir()
+            _, risen = measure(Path(scratch) / f"{count}", "BF16", 256, 128, others=count)
+            print(f"{count:6} tiny tensors             peak rose by {risen / (1 << 20):5.1f} MiB")

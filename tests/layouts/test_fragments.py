@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_experts.errors import LayoutError
-from nvfp4_experts.formats.codes import E2M1_VALUES, unpack_codes
+from nvfp4_experts.formats.codes import E2M1_VALUES, pack_codes, unpack_codes
 from nvfp4_experts.layouts.fragments import (
     CHUNK_BYTES,
     EXPONENT_BIT,
@@ -52,6 +52,20 @@ def test_every_element_is_where_the_closed_form_says(shape: tuple[int, int]) -> 
             assert code == nibbles[row][column]
             fp16 = torch.tensor(packed[scale] << 7, dtype=torch.int16).view(torch.float16)
             assert float(fp16) / 128 == float(scales[row, column // 16])
+
+
+def test_golden_bytes() -> None:
+    """A chunk written by hand: three codes and three scales, each where a lane of the kernel looks for it."""
+    nibbles = torch.zeros(16, 64, dtype=torch.uint8)
+    nibbles[0, 0], nibbles[8, 1], nibbles[9, 58] = 0xF, 0x5, 0xE  # -6, 3, -4
+    scales = torch.full((16, 4), 2.0**-9)
+    scales[0, 0], scales[9, 3] = 448.0, 1.0
+    packed = pack_fragments(pack_codes(nibbles), scales.to(torch.float8_e4m3fn)).tolist()
+    assert packed[0:4] == [0xC0, 0x81, 0x28, 0x00]  # lane 0, word 0: row 0 column 0 low half, row 8 column 1 high half
+    assert packed[7 * 16 + 8 : 7 * 16 + 12] == [0x00, 0x68, 0x00, 0x00]  # lane 7, word 2: row 9 column 58
+    assert packed[512:514] == [0xF6, 0x68]  # lane 0: fp16(448 * 128) = 0x7B00 and fp16(2^-9 * 128) = 0x3400, over 2^7
+    assert packed[512 + 15] == 0xB0  # lane 7, row g + 8: fp16(1 * 128) = 0x5800, over 2^7
+    assert sum(byte != 0 for byte in packed[:512]) == 4
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 288), (64, 1408), (32, 2304), (16, 7168)], ids=str)

@@ -30,6 +30,7 @@ constexpr int TOKENS = 8;
 constexpr int CODE_BYTES = 512, SCALE_BYTES = 64, CHUNK_BYTES = CODE_BYTES + SCALE_BYTES;  // 16 rows x 64 columns
 constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
 constexpr int BLOCK = 16;
+constexpr float UNPACKED = 128.0f;  // undoes the 2^-7 that packed weights carry; exact
 
 // A GEMM as the warps see it: tiles of 16 output rows, K in chunks of 64, stages of 16 chunks.
 template <int N, int K>
@@ -348,44 +349,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp != PRODUCER) asm volatile("griddepcontrol.wait;" ::: "memory");
 
     if (warp >= CONSUMERS) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-      if (warp == PRODUCER) {
-        if (lane == 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
             produce<L1>(gate_up, shared, ring);
             produce<L2>(down, shared, ring);
+        } else if (warp == REDUCER) {
+            const int row = lane / 4, token = lane % 4 * 2;
+            const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1];
+            Ring<2> partial;
+            reduce<L1>(shared, partial, [&](int tile, float4 sum) {
+                for (int i = 0; i < 2; i++) {
+                    if (token + i >= tokens) break;
+                    const float scale = shared.token_scale[0][token + i];
+                    const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
+                    const float h = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), limit);
+                    store(&hidden_states[(size_t)(token + i) * INTERMEDIATE + tile * 8 + row], h);
+                }
+            });
+            __syncwarp();
+            if (lane == 0) arrive_release(hand_over);
+            const float scale_of_down = *down_scale;
+            reduce<L2>(shared, partial, [&](int tile, float4 sum) {
+                for (int i = 0; i < 2; i++) {
+                    if (token + i >= tokens) break;
+                    const float scale = shared.token_scale[1][token + i] * scale_of_down;
+                    Element* to = y + (size_t)(token + i) * HIDDEN + tile * 16 + row;
+                    store(to, (i ? sum.y : sum.x) * UNPACKED * scale);
+                    store(to + 8, (i ? sum.w : sum.z) * UNPACKED * scale);
+                }
+            });
         }
-      } else if (warp == REDUCER) {
-        const int row = lane / 4, token = lane % 4 * 2;
-        const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1];
-        Ring<2> partial;
-        reduce<L1>(shared, partial, [&](int tile, float4 sum) {
-            // 2^7 undoes the 2^-7 of the packed weights.
-            for (int i = 0; i < 2; i++) {
-                if (token + i >= tokens) break;
-                const float scale = shared.token_scale[0][token + i];
-                const float gate = (i ? sum.y : sum.x) * 128.0f, up = (i ? sum.w : sum.z) * 128.0f;
-                const bool exact = ACTIVATIONS == BF16;  // a power of two: apply it to the sum, not to the scale
-                const float h = swiglu(exact ? gate * scale * gate_scale : gate * (scale * gate_scale),
-                                       exact ? up * scale * up_scale : up * (scale * up_scale), limit);
-                store(&hidden_states[(size_t)(token + i) * INTERMEDIATE + tile * 8 + row], h);
-            }
-        });
-        __syncwarp();
-        if (lane == 0) arrive_release(hand_over);
-        const float scale_of_down = *down_scale;
-        reduce<L2>(shared, partial, [&](int tile, float4 sum) {
-            for (int i = 0; i < 2; i++) {
-                if (token + i >= tokens) break;
-                const float scale = shared.token_scale[1][token + i];
-                const bool exact = ACTIVATIONS == BF16;
-                Element* to = y + (size_t)(token + i) * HIDDEN + tile * 16 + row;
-                const float low = (i ? sum.y : sum.x) * 128.0f, high = (i ? sum.w : sum.z) * 128.0f;
-                store(to, exact ? low * scale * scale_of_down : low * (scale * scale_of_down));
-                store(to + 8, exact ? high * scale * scale_of_down : high * (scale * scale_of_down));
-            }
-        });
-      }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         Ring<STAGES> ring;
