@@ -48,5 +48,9 @@ class CheckpointError(Nvfp4Error, RuntimeError):
     """A checkpoint that cannot be read, trusted or written."""
 
 
+class TableError(Nvfp4Error, RuntimeError):
+    """A table of launch configurations that cannot be read or trusted."""
+
+
 class UnsupportedError(Nvfp4Error, RuntimeError):
     """No backend can run this here; the message carries every backend's reason."""

@@ -17,7 +17,7 @@ from rich.console import Console
 from nvfp4_experts import __version__
 from nvfp4_experts.checkpoints.dialects import OUTPUT_DIALECTS
 from nvfp4_experts.checkpoints.plan import EXPERTS
-from nvfp4_experts.cli import bench, inspect, options, quantize, render, run, verify
+from nvfp4_experts.cli import bench, inspect, options, quantize, render, run, tune, verify
 from nvfp4_experts.diagnostics.anomalies import CHECKPOINT_RULES, EXPERT_RULES, MODULE_RULES, SEVERITIES
 from nvfp4_experts.diagnostics.verify import DEFAULT_MAX_ERROR
 from nvfp4_experts.errors import FormatError
@@ -25,7 +25,7 @@ from nvfp4_experts.formats.nvfp4 import RECIPES
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, ACTIVATIONS
 from tests.cli.commands import ENVIRONMENT, error_of, invoke, output_of, subprocess_of
 
-COMMANDS = {module.NAME: module for module in (quantize, inspect, run, verify, bench)}
+COMMANDS = {module.NAME: module for module in (quantize, inspect, run, verify, bench, tune)}
 
 
 def test_version() -> None:

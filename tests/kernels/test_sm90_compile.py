@@ -17,7 +17,7 @@ import torch
 
 from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.dispatch import ACTIVATIONS, Problem
-from nvfp4_experts.kernels.sm90 import backend, prefill
+from nvfp4_experts.kernels.sm90 import backend, fp8, gemm
 from nvfp4_experts.kernels.sm90.compile import ARCHITECTURE, source_of
 from nvfp4_experts.kernels.target import Target
 
@@ -50,19 +50,32 @@ class Built:
     error: str | None
 
 
-def kernels_of(hidden: int, intermediate: int) -> set[Kernel]:
+@functools.cache
+def kernels_of(hidden: int, intermediate: int) -> frozenset[Kernel]:
     """What the backend loads before its first call with a layer of that size, in any activation format."""
     found: set[Kernel] = set()
 
     def record(name: str, file: str, macros: tuple[tuple[str, int], ...], *_: object) -> None:
         found.add(Kernel(name, file, macros))
 
+    def nothing(*_: object) -> None:
+        pass
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "load_kernel", record)
-        patch.setattr(prefill, "load_kernel", record)
+        for module in (backend, gemm, fp8):
+            patch.setattr(module, "load_kernel", record)
+        for module, name in (
+            (backend, "compile_all"),
+            (gemm, "compile_all"),
+            (backend, "reserve"),
+            (backend, "counters"),
+        ):
+            patch.setattr(module, name, nothing)
+        patch.setattr(torch.cuda, "synchronize", nothing)
         for activations in ACTIVATIONS:
-            backend.BACKEND.prepare(Problem(hidden, intermediate, activations, HOPPER), torch.device("cpu"))
-    return found
+            problem = Problem(hidden, intermediate, activations, HOPPER)
+            backend.BACKEND.prepare(problem, torch.device("cpu"), 8192)
+    return frozenset(found)
 
 
 def decode_of(shape: str, activations: int) -> Kernel:
@@ -73,11 +86,16 @@ def decode_of(shape: str, activations: int) -> Kernel:
 
 
 def wanted() -> set[Kernel]:
+    """Every kernel of a small layer, x in every dtype; of the big ones decode.cu, and gemm.cu of two."""
     small = kernels_of(*RAGGED)
     elements = {k.having(ELEMENT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
     big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)}
-    unpacks = {k for shape in SHAPES.values() for k in kernels_of(*shape) if k.file == "unpack.cu"}
-    return small | elements | big | unpacks
+    return small | elements | big | gemms()
+
+
+def gemms() -> set[Kernel]:
+    """Of gemm.cu: all that V4-Pro and V4-Flash load."""
+    return {k for shape in ("V4-Pro", "V4-Flash") for k in kernels_of(*SHAPES[shape]) if k.file == "gemm.cu"}
 
 
 def with_nvcc(folder: Path, kernel: Kernel) -> Built:
@@ -145,6 +163,16 @@ def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:
     assert not failed
     for kernel, made in built.items():
         assert f".entry {kernel.name}(" in made.ptx and f"'{kernel.name}'" in made.log, kernel
+
+
+def test_gemm_decodes_while_the_tensor_cores_multiply(built: dict[Kernel, Built]) -> None:
+    """No spill in the loop, and no wgmma that ptxas had to run one by one (C7510 and its like)."""
+    for kernel in gemms():
+        assert (
+            "wgmma" in built[kernel].ptx and "wgmma.mma_async instructions are serialized" not in built[kernel].log
+        ), kernel
+        (stores, loads) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", built[kernel].log)[0]
+        assert int(stores) <= 16 and int(loads) <= 32, kernel
 
 
 def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> None:

@@ -30,13 +30,11 @@ def offsets(row: int, column: int, columns: int) -> tuple[int, int, int]:
     """Byte of the 16-bit half, register, byte of the scale: the closed form of the module docstring."""
     chunks = -(-columns // 64)
     tile, h, g = row // 16, row % 16 // 8, row % 8
-    chunk, c, j, i = column // 64, column % 64 // 16, column % 16 // 4, column % 4
-    stage, inside = chunk // 16, chunk % 16
-    count = min(16, chunks - stage * 16)
-    start = tile * chunks * CHUNK_BYTES + stage * 16 * CHUNK_BYTES
-    lane, q = 4 * g + c, 2 * (i // 2) + h
-    half = start + inside * 512 + lane * 16 + j * 4 + (i % 2) * 2
-    return half, q, start + count * 512 + inside * 64 + lane * 2 + h
+    chunk, j, c = column // 64, column % 64 // 16, column % 8 // 2
+    second, odd = column % 16 // 8, column % 2
+    start = (tile * chunks + chunk) * CHUNK_BYTES
+    lane, q = 4 * g + c, 2 * second + h
+    return start + lane * 16 + j * 4 + odd * 2, q, start + 512 + 8 * g + 4 * h + j
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 1088), (48, 2048)], ids=str)
@@ -62,9 +60,9 @@ def test_golden_bytes() -> None:
     scales[0, 0], scales[9, 3] = 448.0, 1.0
     packed = pack_fragments(pack_codes(nibbles), scales.to(torch.float8_e4m3fn)).tolist()
     assert packed[0:4] == [0xC0, 0x81, 0x28, 0x00]  # lane 0, word 0: row 0 column 0 low half, row 8 column 1 high half
-    assert packed[7 * 16 + 8 : 7 * 16 + 12] == [0x00, 0x68, 0x00, 0x00]  # lane 7, word 2: row 9 column 58
-    assert packed[512:514] == [0xF6, 0x68]  # lane 0: fp16(448 * 128) = 0x7B00 and fp16(2^-9 * 128) = 0x3400, over 2^7
-    assert packed[512 + 15] == 0xB0  # lane 7, row g + 8: fp16(1 * 128) = 0x5800, over 2^7
+    assert packed[5 * 16 + 12 : 5 * 16 + 16] == [0x00, 0x2C, 0x00, 0x00]  # lane 5, word 3: row 9 column 58
+    assert packed[512] == 0xF6 and packed[512 + 4] == 0x68  # rows 0 and 8: fp16(448 * 128), fp16(2^-9 * 128), over 2^7
+    assert packed[512 + 15] == 0xB0  # row 9, block 3: fp16(1 * 128) = 0x5800, over 2^7
     assert sum(byte != 0 for byte in packed[:512]) == 4
 
 
@@ -97,8 +95,8 @@ def test_masks_and_shifts_of_the_kernel_read_bf16_values() -> None:
         registers = (
             word & 0x81C081C0,
             word << 3 & 0x81C081C0,
-            word << 6 & 0x81C081C0,
-            (word << 4 & 0x80008000) | (word >> 6 & 0x01800180) | (word >> 4 & 0x00400040),
+            (word << 6 & 0x01C001C0) | (word << 1 & 0x80008000),
+            (word >> 3 & 0x01C001C0) | (word << 2 & 0x80008000),
         )
         for register in registers:
             for half in (register & 0xFFFF, register >> 16 & 0xFFFF):
@@ -106,15 +104,18 @@ def test_masks_and_shifts_of_the_kernel_read_bf16_values() -> None:
 
 
 def test_scale_arithmetic_of_the_kernel_gives_bf16_scales() -> None:
-    """byte * 0x00100010 + 0x70007000 is scale * 2^119 twice, for every scale but zero, NaN included."""
+    """Four bytes to two pairs, scale * 2^119 of blocks 0, 2 and 1, 3, for every scale but zero, NaN included."""
     scales = torch.arange(128, dtype=torch.uint8).view(16, 8).view(torch.float8_e4m3fn)
     packed = pack_fragments(torch.zeros(16, 64, dtype=torch.uint8), scales)
     for row in range(16):
-        for block in range(8):
-            pair = packed[offsets(row, 16 * block, 128)[2]].item() * 0x00100010 + 0x70007000
-            assert pair >> 16 == pair & 0xFFFF
-            value, want = bf16(pair & 0xFFFF), float(scales[row, block])
-            assert value == want * 2.0**119 or want == 0 or (value != value and want != want)
+        for chunk in range(2):
+            first = offsets(row, 64 * chunk, 128)[2]
+            word = packed[first : first + 4].view(torch.uint32).item()
+            even = (word << 4 & 0x0FF00FF0) + 0x70007000
+            odd = (word >> 4 & 0x0FF00FF0) + 0x70007000
+            for block, bits in enumerate((even & 0xFFFF, odd & 0xFFFF, even >> 16, odd >> 16)):
+                value, want = bf16(bits), float(scales[row, 4 * chunk + block])
+                assert value == want * 2.0**119 or want == 0 or (value != value and want != want)
 
 
 def test_codes_under_a_zero_scale_lose_their_magnitude_and_nothing_else() -> None:

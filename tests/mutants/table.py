@@ -223,6 +223,28 @@ MUTANTS = (
         "fn(t)",
         "tests/layers/test_shared_expert.py::TestState::test_dtype_conversions_leave_the_bytes_alone",
     ),
+    # kernels: configurations of the Hopper GEMM
+    Mutant(
+        "a configuration for each number of tokens",
+        "kernels/sm90/choice.py",
+        "_choose(hidden, intermediate, range_limit(tokens), target)",
+        "_choose(hidden, intermediate, tokens, target)",
+        "tests/kernels/test_sm90_choice.py::test_a_choice_is_a_function_of_the_range",
+    ),
+    Mutant(
+        "a table's configurations taken on trust",
+        "kernels/sm90/table.py",
+        "self.require(reason is None, place,",
+        "self.require(True, place,",
+        "tests/kernels/test_sm90_choice.py::test_each_fault_of_a_table_is_named",
+    ),
+    Mutant(
+        "a wrong candidate timed",
+        "diagnostics/tune/search.py",
+        "if errors[0] <= REFERENCE_BOUND and errors[1] <= CANDIDATE_BOUND:",
+        "if errors[0] <= REFERENCE_BOUND or errors[1] <= CANDIDATE_BOUND:",
+        "tests/cli/test_tune.py::test_wrong_candidates_cannot_win_and_are_told",
+    ),
     # checkpoints
     Mutant(
         "gate and up exchanged in a dialect",

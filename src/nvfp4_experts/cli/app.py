@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 
 from .._version import __version__
 from ..errors import Nvfp4Error
-from . import bench, inspect, quantize, render, run, verify
+from . import bench, inspect, quantize, render, run, tune, verify
 
 EXIT_CHECK_FAILED = 1
 EXIT_INPUT = 2
@@ -59,7 +59,7 @@ def _options(
     pass
 
 
-for _module in (quantize, inspect, run, verify, bench):
+for _module in (quantize, inspect, run, verify, bench, tune):
     app.command(_module.NAME, cls=Command, help=_module.HELP, epilog=_module.EXAMPLE)(_module.command)
 
 

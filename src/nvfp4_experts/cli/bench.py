@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InputError
 from . import render
 from .files import check_outputs, whole_file
-from .options import ActivationScale, Backend, Force
+from .options import ActivationScale, Backend, Force, numbers, words
 
 if TYPE_CHECKING:
     from ..diagnostics.bench.report import BenchReport, Row
@@ -67,8 +66,8 @@ def command(
     with render.progress(as_json=False, in_bytes=False) as progress:
         report = bench(
             find_work(shape),
-            (*our_candidates(_words(activations), activation_scale, _words(backend)), *PEERS),
-            tokens=_numbers(tokens) if tokens is not None else None,
+            (*our_candidates(words(activations), activation_scale, words(backend)), *PEERS),
+            tokens=numbers(tokens) if tokens is not None else None,
             device=device,
             seconds=seconds,
             command=" ".join(["nvfp4-experts", *sys.argv[1:]]),
@@ -86,17 +85,6 @@ def command(
             draw_bench(report, partial)
     if not report.passed:
         raise typer.Exit(1)
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isdecimal() for word in words):
-        raise InputError("--tokens", "must be whole numbers with commas between them", repr(text), "try 1,16,64")
-    return [int(word) for word in words]
 
 
 def _print(report: BenchReport) -> None:

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from ..errors import InputError
+
 Dialect = Literal["modelopt", "compressed-tensors"]
 Experts = Literal["shared", "routed", "all"]
 Recipe = Literal["modelopt", "torchao", "compressed-tensors", "kernel"]
@@ -27,3 +29,20 @@ Layers = Annotated[
     list[int] | None,
     typer.Option("--layer", help="Layer number, from 0; repeat for several.", show_default="all"),
 ]
+
+
+def words(text: str) -> list[str]:
+    """What stands between commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def numbers(text: str) -> list[int]:
+    """The whole numbers of `--tokens`.
+
+    Raises:
+        InputError: none, or something else among them.
+    """
+    found = words(text)
+    if not found or not all(word.isdecimal() for word in found):
+        raise InputError("--tokens", "must be whole numbers with commas between them", repr(text), "try 1,16,64")
+    return [int(word) for word in found]

@@ -71,7 +71,7 @@ class Backend(Protocol):
     def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Tensor, ...]:
         """gate, up, down from what `pack` made, byte for byte (codes under a zero scale may lose their magnitude)."""
 
-    def prepare(self, problem: Problem, device: torch.device) -> None:
+    def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Do what the first call would otherwise have to: compile, load, allocate. Nothing is left for a capture."""
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:

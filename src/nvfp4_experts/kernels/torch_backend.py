@@ -52,7 +52,7 @@ class TorchBackend:
             Nvfp4Tensor(down_codes, down_block_scales, down_global_scale[0]),
         )
 
-    def prepare(self, problem: Problem, device: torch.device) -> None:
+    def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Build the decoding table, which the first call would otherwise do."""
         empty = torch.zeros(1, 8, dtype=torch.uint8, device=device)
         decode_blocks(empty, empty[:, :1].view(torch.float8_e4m3fn), tiled.operand_dtype(device))

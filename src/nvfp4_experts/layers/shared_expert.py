@@ -266,7 +266,7 @@ class Nvfp4SharedExpert(nn.Module):
         self._prepare(gate.device)
 
     def _prepare(self, device: torch.device) -> None:
-        get_backend(self.backend).prepare(self._problem(device), device)
+        get_backend(self.backend).prepare(self._problem(device), device, self.max_tokens)
 
     def _weights(self) -> list[Tensor]:
         return [self._buffers[name] for name in self._packed_names]  # type: ignore[misc]

@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights as tensor-core fragments: a lane's 16-byte load is its operand for four mma.m16n8k16, 2 bytes its scales.
+"""Weights as tensor-core fragments: a lane's 16-byte load is its operand for four k16 steps of mma or wgmma.
 
-A matrix (N, K) is cut into tiles of 16 rows; a tile into chunks of 64 columns (K padded with zeros); chunks are grouped
-in stages of 16. A stage lies in memory as all its codes, then all its scales:
+A matrix (N, K) is cut into tiles of 16 rows and chunks of 64 columns (K padded with zeros). A chunk of a tile is 576
+bytes, 512 of codes and then 64 of scales; the chunks of a tile follow each other, and the tiles:
 
-    stage  = [chunk][512 bytes of codes], [chunk][64 bytes of scales]
+    offset(tile, chunk) = (tile * ceil(K / 64) + chunk) * 576
     codes  : lane l = 4 g + c owns bytes 16 l .. 16 l + 15, four 32-bit words j = 0..3; word j holds 8 codes,
-             rows g (h = 0) and g + 8 (h = 1), columns 16 c + 4 j + i, i = 0..3
-    scales : lane l owns bytes 2 l (row g) and 2 l + 1 (row g + 8), the block of columns 16 c .. 16 c + 15
+             rows g (h = 0) and g + 8 (h = 1), columns 16 j + 2 c + (0, 1, 8, 9)[i], i = 0..3
+    scales : byte 8 g + 4 h + j is the scale of row g + 8 h, block j of the chunk
 
-so that a lane meets one block per row and chunk. Within a word, code (h, i) is half i % 2 of register
-q = 2 (i // 2) + h of the mma; its sign goes to bit SIGN_BIT[q] of that half, its exponent to bits EXPONENT_BIT[q]
-and the next, its mantissa to MANTISSA_BIT[q]. bf16 wants them at 15, 8..7 and 6, where they read as e2m1 * 2^-126:
+so that word j is what m16n8k16 and m64nNk16 want of a lane for columns 16 j .. 16 j + 15, in the order of memory.
+Within a word, code (h, i) is half i % 2 of register q = 2 (i // 2) + h of the mma; its sign goes to bit SIGN_BIT[q] of
+that half, its exponent to bits EXPONENT_BIT[q] and the next, its mantissa to MANTISSA_BIT[q]. bf16 wants them at 15,
+8..7 and 6, where they read as e2m1 * 2^-126:
 
     register q      0           1           2           3
-    sign            15          12 (<<3)    9 (<<6)     11 (<<4)
-    exponent        8..7        5..4 (<<3)  2..1 (<<6)  14..13 (>>6)
-    mantissa        6           3 (<<3)     0 (<<6)     10 (>>4)
+    sign            15          12 (<<3)    14 (<<1)    13 (<<2)
+    exponent        8..7        5..4 (<<3)  2..1 (<<6)  11..10 (>>3)
+    mantissa        6           3 (<<3)     0 (<<6)     9 (>>3)
 
 A scale byte is the upper byte of fp16(scale * 2^7) without its sign, exact for every e4m3 scale. Moved by 4 bits and
 raised by 224 exponents it is bf16(scale * 2^119), NaN included; zero is not, so the codes under a zero scale are stored
@@ -31,11 +32,11 @@ from torch import Tensor
 from ..errors import LayoutError
 from ..formats.codes import BLOCK_SIZE, pack_codes, unpack_codes
 
-ROWS, COLUMNS, STAGE_CHUNKS = 16, 64, 16
+ROWS, COLUMNS = 16, 64
 CHUNK_BYTES = ROWS * COLUMNS // 2 + ROWS * COLUMNS // BLOCK_SIZE
-SIGN_BIT = (15, 12, 9, 11)
-EXPONENT_BIT = (7, 4, 1, 13)
-MANTISSA_BIT = (6, 3, 0, 10)
+SIGN_BIT = (15, 12, 14, 13)
+EXPONENT_BIT = (7, 4, 1, 10)
+MANTISSA_BIT = (6, 3, 0, 9)
 _SCALE_SHIFT = 2.0**7
 
 
@@ -71,16 +72,15 @@ def pack_fragments(codes: Tensor, block_scales: Tensor) -> Tensor:
     bits = (block_scales.float() * _SCALE_SHIFT).half().view(torch.int16) >> 7
     scales = torch.nn.functional.pad(bits.to(torch.uint8), (0, pad // BLOCK_SIZE))
     tiles, chunks = rows // ROWS, nibbles.shape[1] // COLUMNS
-    # (tile, h, g, chunk, c, j, i // 2, i % 2) -> (tile, chunk, g, c, j, i // 2, h, i % 2): register q is (i // 2, h)
-    nibbles = nibbles.view(tiles, 2, 8, chunks, 4, 4, 2, 2).permute(0, 3, 2, 4, 5, 6, 1, 7)
+    # (tile, h, g, chunk, j, i // 2, c, i % 2) -> (tile, chunk, g, c, j, i // 2, h, i % 2): register q is (i // 2, h)
+    nibbles = nibbles.view(tiles, 2, 8, chunks, 4, 2, 4, 2).permute(0, 3, 2, 6, 4, 5, 1, 7)
     sign, exponent, mantissa = _bit_places(nibbles.device)
     places = (nibbles >> 3 << sign) | ((nibbles >> 1 & 3) << exponent) | ((nibbles & 1) << mantissa)
     words = places.sum(dim=(-3, -2))
     halves = words.to(torch.int16).contiguous().view(torch.uint8).view(tiles, chunks, ROWS * COLUMNS // 2)
-    # (tile, h, g, chunk, c) -> (tile, chunk, g, c, h)
-    scales = scales.view(tiles, 2, 8, chunks, 4).permute(0, 3, 2, 4, 1).reshape(tiles, chunks, -1)
-    stages = zip(halves.split(STAGE_CHUNKS, dim=1), scales.split(STAGE_CHUNKS, dim=1), strict=True)
-    return torch.cat([part.flatten(1) for pair in stages for part in pair], dim=1).flatten()
+    # (tile, h, g, chunk, j) -> (tile, chunk, g, h, j)
+    scales = scales.view(tiles, 2, 8, chunks, 4).permute(0, 3, 2, 1, 4).reshape(tiles, chunks, -1)
+    return torch.cat((halves, scales), dim=2).flatten()
 
 
 def unpack_fragments(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -94,17 +94,13 @@ def unpack_fragments(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, T
         expected = f"must be {fragment_bytes(rows, columns)} bytes for ({rows}, {columns})"
         raise LayoutError("packed", expected, packed.numel(), "pass the shape it was packed with")
     tiles, chunks = rows // ROWS, -(-columns // COLUMNS)
-    code_parts, scale_parts = [], []
-    for stage in packed.view(tiles, -1).split(STAGE_CHUNKS * CHUNK_BYTES, dim=1):
-        count = stage.shape[1] // CHUNK_BYTES
-        code_bytes = count * ROWS * COLUMNS // 2
-        code_parts.append(stage[:, :code_bytes].reshape(tiles, count, -1))
-        scale_parts.append(stage[:, code_bytes:].reshape(tiles, count, -1))
-    halves = torch.cat(code_parts, dim=1).view(torch.int16).int().view(tiles, chunks, 8, 4, 4, 1, 1, 2)
+    code_bytes = ROWS * COLUMNS // 2
+    parts = packed.view(tiles, chunks, CHUNK_BYTES)
+    halves = parts[:, :, :code_bytes].contiguous().view(torch.int16).int().view(tiles, chunks, 8, 4, 4, 1, 1, 2)
     sign, exponent, mantissa = _bit_places(packed.device)
     nibbles = (halves >> sign & 1) << 3 | (halves >> exponent & 3) << 1 | (halves >> mantissa & 1)
-    nibbles = nibbles.permute(0, 6, 2, 1, 3, 4, 5, 7).reshape(rows, -1)[:, :columns]
-    bits = torch.cat(scale_parts, dim=1).view(tiles, chunks, 8, 4, 2).permute(0, 4, 2, 1, 3).reshape(rows, -1)
+    nibbles = nibbles.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(rows, -1)[:, :columns]
+    bits = parts[:, :, code_bytes:].reshape(tiles, chunks, 8, 2, 4).permute(0, 3, 2, 1, 4).reshape(rows, -1)
     scales = (bits[:, : columns // BLOCK_SIZE].to(torch.int16) << 7).view(torch.float16).float() / _SCALE_SHIFT
     return pack_codes(nibbles.to(torch.uint8)), scales.to(torch.float8_e4m3fn)
 

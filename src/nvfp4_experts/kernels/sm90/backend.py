@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hopper: which kernel runs a shared expert at which number of tokens.
 
-    tokens       bf16, nvfp4 static, nvfp4 per_token    nvfp4 dynamic       fp8
-    1 .. 8       decode.cu                              decode.cu           unpack.cu + GEMM
-    9 .. 56      decode.cu, 8 tokens a launch           unpack.cu + GEMM    unpack.cu + GEMM
-    more         unpack.cu + GEMM                       unpack.cu + GEMM    unpack.cu + GEMM
+    tokens                 bf16, nvfp4                           fp8
+    1 .. decode limit (8)  decode.cu, the whole layer            unpack.cu + the vendor's GEMM
+    more                   gemm.cu, each half of the layer       unpack.cu + the vendor's GEMM
 
-decode.cu keeps rows apart, so within its range a token's result does not depend on the others (but for "dynamic", whose
-scale is theirs). "unpack.cu + GEMM" is prefill.py.
+choice.py says where the limit lies and which configuration of gemm.cu runs at how many tokens; gemm.py and fp8.py
+launch them. Kernels keep tokens apart, so a token's result does not depend on the others (but for "dynamic", whose
+scale is theirs) within a range of tokens that choice.py gives one configuration.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ from torch import Tensor
 
 from ...formats.codes import decode_blocks
 from ...formats.nvfp4 import Nvfp4Tensor
-from ...layouts.fragments import ROWS, fragment_bytes, pack_fragments, unpack_fragments
+from ...layouts.fragments import COLUMNS, ROWS, fragment_bytes, pack_fragments, unpack_fragments
 from ...layouts.weights import deinterleave_rows, interleave_gate_up
 from ..dispatch import Call, Problem
 from ..target import target_of
-from . import prefill
-from .compile import current_stream, load_kernel
-from .workspace import counters
+from . import fp8, gemm
+from .choice import DECODE_LIMIT, decode_limit
+from .compile import compile_all, current_stream, load_kernel
+from .workspace import Part, bytes_of, carve, counters, reserve
 
-DECODE_TOKENS = 8
-DECODE_LIMIT = 56
 STAGES = 6
 _THREADS = 640
 _AMAX_ROWS = 512
@@ -73,34 +72,54 @@ class Sm90Backend:
             Nvfp4Tensor(*unpack_fragments(down, hidden, intermediate), down_global_scale[0]),
         )
 
-    def prepare(self, problem: Problem, device: torch.device) -> None:
-        """Compile and load what a call with bf16 hidden states runs, and allocate the hand-over counters."""
-        modes = {"nvfp4": ("static", "dynamic", "per_token"), "bf16": ("bf16",), "fp8": ()}[problem.activations]
-        for mode in modes:
-            _decode_kernel(problem.hidden, problem.intermediate, mode, torch.bfloat16, device)
-        prefill.prepare(problem, device)
-        counters(device, _blocks(problem.intermediate, device))
+    def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
+        """Compile and load what a call with bf16 hidden states runs, reserve its scratch and the hand-over counters.
+
+        Waits for the device at the end: launches read weights before they wait for what runs in front of them, so
+        nothing that writes weights may still be on its way.
+        """
+        if problem.activations == "fp8":
+            fp8.prepare(problem, device)
+            reserve(device, bytes_of(fp8.scratch(problem.hidden, problem.intermediate, max_tokens, torch.bfloat16)))
+        else:
+            modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
+            sizes = problem.hidden, problem.intermediate
+            compile_all(("decode.cu", _decode_macros(*sizes, mode, torch.bfloat16)) for mode in modes)
+            for mode in modes:
+                _decode_kernel(*sizes, mode, torch.bfloat16, device)
+                reserve(device, bytes_of([_hidden_states(DECODE_LIMIT, problem.intermediate)]))
+                layout = gemm.scratch(mode, *sizes, max_tokens)
+                reserve(device, bytes_of(list(layout.values())))
+            gemm.prepare(problem, device, max_tokens)
+            counters(device, _blocks(problem.intermediate, device))
+        torch.cuda.synchronize(device)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        mode = call.activation_scale if call.activations == "nvfp4" else call.activations
-        limit = {"fp8": 0, "dynamic": DECODE_TOKENS}.get(mode, DECODE_LIMIT)
+        # Kernels load and store 16 bytes at a time; a view that begins elsewhere is rare enough to be copied.
+        if x.data_ptr() % 16:
+            x = x.clone()
+        if out.data_ptr() % 16:
+            self.shared_expert(x, weights, call, result := torch.empty_like(out))
+            out.copy_(result)
+            return
         # Rows are whole tiles of 16: N of a packed matrix follows from its size and K.
         size = weights[0].numel() // fragment_bytes(ROWS, x.shape[1]) * ROWS // 2
-        if x.shape[0] > limit:
-            prefill.shared_expert(x, weights, call, size, out)
-            return
-        for start in range(0, x.shape[0], DECODE_TOKENS):
-            rows = slice(start, start + DECODE_TOKENS)
-            _decode(x[rows], weights, mode, call, size, out[rows])
+        if call.activations == "fp8":
+            fp8.shared_expert(x, weights, call, size, out)
+        elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):
+            gemm.shared_expert(x, weights, call, size, out)
+        else:
+            decode(x, weights, call, size, out)
 
 
-def _decode(x: Tensor, weights: list[Tensor], mode: str, call: Call, size: int, out: Tensor) -> None:
+def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
+    """The whole layer by decode.cu, x (T, H) to out (T, H), T at most DECODE_LIMIT; not for "fp8"."""
     from cuda.core import LaunchConfig, launch
 
+    mode = call.activation_scale if call.activations == "nvfp4" else call.activations
     kernel = _decode_kernel(x.shape[1], size, mode, x.dtype, x.device)
     blocks = _blocks(size, x.device)
-    h_dtype = torch.bfloat16 if mode == "bf16" else torch.float32
-    hidden_states = torch.empty(x.shape[0], size, dtype=h_dtype, device=x.device)
+    (hidden_states,) = carve(x.device, _hidden_states(x.shape[0], size))
     # Cooperative: all blocks resident or none, since they wait for each other. Serialisation relaxed: the weights of
     # this launch start to arrive while the kernel before it ends.
     config = LaunchConfig(
@@ -124,6 +143,11 @@ def _decode(x: Tensor, weights: list[Tensor], mode: str, call: Call, size: int, 
         counters(x.device, blocks).current().data_ptr(),
         out.data_ptr(),
     )
+
+
+def _hidden_states(tokens: int, intermediate: int) -> Part:
+    """h between the halves of decode.cu; rows of whole chunks."""
+    return (tokens, -(-intermediate // COLUMNS) * COLUMNS), torch.float32
 
 
 def _row_amax(w: Nvfp4Tensor) -> Tensor:
@@ -159,9 +183,13 @@ def _blocks(intermediate: int, device: torch.device) -> int:
 
 
 def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
-    sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
-    macros = (*sizes, ("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]), ("STAGES", STAGES))
+    macros = _decode_macros(hidden, intermediate, mode, dtype)
     return load_kernel("shared_expert_decode", "decode.cu", macros, device, _shared_bytes())
+
+
+def _decode_macros(hidden: int, intermediate: int, mode: str, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+    sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
+    return (*sizes, ("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]), ("STAGES", STAGES))
 
 
 BACKEND = Sm90Backend()

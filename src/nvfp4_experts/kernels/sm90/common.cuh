@@ -79,24 +79,42 @@ __device__ __forceinline__ u32 amax16(const float (&v)[16]) {
     return largest;
 }
 
-// One NVFP4 block in place, bit for bit as formats/activations.py: v becomes e2m1(v / scales) * block scale, which bf16 holds exactly.
-__device__ __forceinline__ void quantize_block(float (&v)[16], float g, float s) {
-    const float amax = __uint_as_float(amax16(v));
-    const float wanted = __fmul_rn(g, __fmul_rn(amax, 1.0f / 6.0f));
+// The NVFP4 quantiser of formats/activations.py, bit for bit. g, s: global scale in encode and decode direction.
+__device__ __forceinline__ void global_scales_of_amax(u32 amax_bits, float& g, float& s) {
+    const float amax = __uint_as_float(amax_bits);
+    g = __fdiv_rn(2688.0f, amax);
+    s = __frcp_rn(g);
+    if (amax < 0x1p-100f) g = s = 1.0f;
+    if (amax_bits >= 0x7F800000u) g = s = __uint_as_float(0x7FC00000u);
+}
+
+struct BlockScale {
+    float scale, inverse;
+};
+
+__device__ __forceinline__ BlockScale block_scale(u32 amax_bits, float g, float s) {
+    const float wanted = __fmul_rn(g, __fmul_rn(__uint_as_float(amax_bits), 1.0f / 6.0f));
     u16 byte;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(byte) : "f"(0.0f), "f"(wanted));
     u32 pair;
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(byte));
     const float scale = to_float(Float16{(u16)pair});
-    const float inverse = scale == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(scale, s));
+    return {scale, scale == 0.0f ? 0.0f : __frcp_rn(__fmul_rn(scale, s))};
+}
+
+// e2m1(v / scales) * block scale, which bf16 holds exactly.
+__device__ __forceinline__ float quantize_value(float v, BlockScale block) {
+    const float magnitude = fminf(__fmul_rn(fabsf(v), block.inverse), 6.0f);
+    // The e2m1 grid at p = 2^e <= |.|, 1 <= p <= 4, has step p / 2, and so has fp32 around 1.5 * 2^22 p.
+    const float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7F800000u), 1.0f);
+    const float magic = 6291456.0f * power;
+    return copysignf(__fsub_rn(__fadd_rn(magnitude, magic), magic), v) * block.scale;
+}
+
+__device__ __forceinline__ void quantize_block(float (&v)[16], float g, float s) {
+    const BlockScale block = block_scale(amax16(v), g, s);
 #pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const float magnitude = fminf(__fmul_rn(fabsf(v[i]), inverse), 6.0f);
-        // The e2m1 grid at p = 2^e <= |.|, 1 <= p <= 4, has step p / 2, and so has fp32 around 1.5 * 2^22 p.
-        const float power = fmaxf(__uint_as_float(__float_as_uint(magnitude) & 0x7F800000u), 1.0f);
-        const float magic = 6291456.0f * power;
-        v[i] = copysignf(__fsub_rn(__fadd_rn(magnitude, magic), magic), v[i]) * scale;
-    }
+    for (int i = 0; i < 16; i++) v[i] = quantize_value(v[i], block);
 }
 
 __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
@@ -104,22 +122,59 @@ __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
         gate = gate > limit ? limit : gate;
         up = up > limit ? limit : (up < -limit ? -limit : up);
     }
-    return gate / (1.0f + expf(-gate)) * up;
+    // exp and the reciprocal by the hardware's approximations, 2^-22 of the value each: below the error of the sums.
+    float power, sigmoid;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(power) : "f"(gate * -1.4426950408889634f));
+    asm("rcp.approx.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + power));
+    return gate * sigmoid * up;
 }
 
-__device__ __forceinline__ u32 scaled(u32 codes, u32 scale) {
-    u32 product;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(codes), "r"(scale));
-    return product;
-}
+// --- packed weights (layouts/fragments.py) --------------------------------------------------------------------------
+
+constexpr int CODE_BYTES = 512, CHUNK_BYTES = CODE_BYTES + 64;  // 16 rows x 64 columns: codes, then block scales
+constexpr float UNPACKED = 128.0f;  // undoes the 2^-7 that decoded weights carry; exact
 
 // Eight codes in a word as four bf16 pairs, e2m1 * 2^-126; bit places as in layouts/fragments.py.
 __device__ __forceinline__ void decode(u32 word, u32 (&pairs)[4]) {
     pairs[0] = word & 0x81C081C0u;
     pairs[1] = (word << 3) & 0x81C081C0u;
-    pairs[2] = (word << 6) & 0x81C081C0u;
-    pairs[3] = ((word << 4) & 0x80008000u) | ((word >> 6) & 0x01800180u) | ((word >> 4) & 0x00400040u);
+    pairs[2] = ((word << 6) & 0x01C001C0u) | ((word << 1) & 0x80008000u);
+    pairs[3] = ((word >> 3) & 0x01C001C0u) | ((word << 2) & 0x80008000u);
 }
 
-// A scale byte as bf16 twice, scale * 2^119: the byte is the upper part of fp16(scale * 2^7), whose exponent is moved.
-__device__ __forceinline__ u32 scale_pair(u32 byte) { return byte * 0x00100010u + 0x70007000u; }
+// Two of four scale bytes, 0 and 2 or 1 and 3, as bf16(scale * 2^119): a byte is the upper part of fp16(scale * 2^7),
+// whose exponent is moved.
+__device__ __forceinline__ u32 even_scales(u32 bytes) { return (bytes << 4 & 0x0FF00FF0u) + 0x70007000u; }
+__device__ __forceinline__ u32 odd_scales(u32 bytes) { return (bytes >> 4 & 0x0FF00FF0u) + 0x70007000u; }
+
+// A pair times the low or the high half of `scales`: an operand selector of the multiplication, no instruction of its own.
+__device__ __forceinline__ u32 times_low(u32 pair, u32 scales) {
+    u32 product;
+    asm("{.reg .b16 l, h;\n.reg .b32 twice;\nmov.b32 {l, h}, %2;\nmov.b32 twice, {l, l};\nmul.rn.bf16x2 %0, %1, twice;}"
+        : "=r"(product)
+        : "r"(pair), "r"(scales));
+    return product;
+}
+__device__ __forceinline__ u32 times_high(u32 pair, u32 scales) {
+    u32 product;
+    asm("{.reg .b16 l, h;\n.reg .b32 twice;\nmov.b32 {l, h}, %2;\nmov.b32 twice, {h, h};\nmul.rn.bf16x2 %0, %1, twice;}"
+        : "=r"(product)
+        : "r"(pair), "r"(scales));
+    return product;
+}
+
+// A lane's share of a chunk as the A operands of four k16 steps: a[j] = columns 16 j + {2c, 2c + 1 | 2c + 8, 2c + 9} of
+// rows g and g + 8, each e2m1 * block scale * 2^-7, exact. scales.x, .y: of rows g and g + 8, a byte a step.
+__device__ __forceinline__ void decode_chunk(uint4 codes, uint2 scales, u32 (&a)[4][4]) {
+    decode(codes.x, a[0]), decode(codes.y, a[1]), decode(codes.z, a[2]), decode(codes.w, a[3]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const u32 bytes = h ? scales.y : scales.x;
+        const u32 even = even_scales(bytes), odd = odd_scales(bytes);
+#pragma unroll
+        for (int q = h; q < 4; q += 2) {
+            a[0][q] = times_low(a[0][q], even), a[1][q] = times_low(a[1][q], odd);
+            a[2][q] = times_high(a[2][q], even), a[3][q] = times_high(a[3][q], odd);
+        }
+    }
+}

@@ -14,6 +14,8 @@ import hashlib
 import os
 import re
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ import torch
 from ...errors import UnsupportedError
 
 ARCHITECTURE = "sm_90a"
+_COMPILERS = 16
 _INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
@@ -53,13 +56,21 @@ def compile_cubin(source: str, macros: tuple[tuple[str, int], ...], arch: str) -
     cached = cache_directory() / f"{key}.cubin"
     if cached.exists():
         return cached.read_bytes()
-    options = ProgramOptions(std="c++17", arch=arch, define_macro=[(name, str(value)) for name, value in macros])
+    defined = [(name, str(value)) for name, value in macros] or None  # an empty list is refused
+    options = ProgramOptions(std="c++17", arch=arch, define_macro=defined)
     code = bytes(Program(source, "c++", options).compile("cubin").code)
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=cached.parent, delete=False) as beside:
         beside.write(code)
     os.replace(beside.name, cached)
     return code
+
+
+def compile_all(kernels: Iterable[tuple[str, tuple[tuple[str, int], ...]]]) -> None:
+    """Have (file, macros) of each kernel in the cache, compiling several at a time; loading them is then quick."""
+    jobs = sorted(set(kernels))
+    with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda job: compile_cubin(source_of(job[0]), job[1], ARCHITECTURE), jobs))
 
 
 def load_kernel(
@@ -88,6 +99,19 @@ def _load(name: str, file: str, macros: tuple[tuple[str, int], ...], device: int
         rule = f"must be allowed {shared_bytes} bytes of shared memory"
         raise UnsupportedError(name, rule, status, "use another backend on this device")
     return kernel
+
+
+def launch_kernel(kernel: Any, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+    """Launch on the current stream of the tensors' device; tensors pass as their address, None as a null pointer.
+
+    The kernel may begin before the one in front of it has ended, and must wait for it itself (`griddepcontrol.wait`).
+    """
+    from cuda.core import LaunchConfig, launch
+
+    device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+    passed = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
+    config = LaunchConfig(grid=grid, block=threads, programmatic_stream_serialization=True)
+    launch(current_stream(device), config, kernel, *passed)
 
 
 def current_stream(device: torch.device) -> Any:

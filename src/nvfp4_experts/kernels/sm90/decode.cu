@@ -5,7 +5,7 @@
 //   y = h @ W2.T
 //
 // Weights are the 16-row operand of mma.m16n8k16 (bf16 operands, fp32 sum), tokens the 8 columns. They come packed as
-// layouts/fragments.py says: a lane's 16-byte load is its four A fragments, and 2 bytes its two block scales.
+// layouts/fragments.py says: a lane's 16-byte load is its four A fragments.
 //
 // One persistent block per multiprocessor. Warp roles: 16 consumers split K, each its own 64 columns of a stage;
 // a producer warp keeps a ring of STAGES bulk copies (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles
@@ -19,6 +19,7 @@
 // ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES.
 
 #include "common.cuh"
+#include "async.cuh"
 
 #define BF16 0
 #define STATIC 1
@@ -27,10 +28,8 @@
 
 constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 20 * 32;  // two warps idle
 constexpr int TOKENS = 8;
-constexpr int CODE_BYTES = 512, SCALE_BYTES = 64, CHUNK_BYTES = CODE_BYTES + SCALE_BYTES;  // 16 rows x 64 columns
 constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
 constexpr int BLOCK = 16;
-constexpr float UNPACKED = 128.0f;  // undoes the 2^-7 that packed weights carry; exact
 
 // A GEMM as the warps see it: tiles of 16 output rows, K in chunks of 64, stages of 16 chunks.
 template <int N, int K>
@@ -43,46 +42,6 @@ struct Gemm {
 };
 using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
 using L2 = Gemm<HIDDEN, INTERMEDIATE>;
-
-// --- barriers and copies ------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ void barrier_init(u64* barrier, u32 arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals));
-}
-
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u64* barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred p;\n"
-        "again:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}\n" ::"r"(
-            shared_address(barrier)),
-        "r"(parity)
-        : "memory");
-}
-
-// Copies bytes (a multiple of 16) into shared memory; the barrier's phase completes when they have arrived.
-__device__ __forceinline__ void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(to)),
-                 "l"(from), "r"(bytes), "r"(shared_address(barrier))
-                 : "memory");
-}
-
-// Position in a ring of barriers: parity flips each time round.
-template <int SIZE>
-struct Ring {
-    u32 slot = 0, parity = 0;
-    __device__ __forceinline__ void next() {
-        if (++slot == SIZE) slot = 0, parity ^= 1;
-    }
-};
 
 struct Shared {
     alignas(128) unsigned char stages[STAGES][STAGE_BYTES];
@@ -107,22 +66,50 @@ typedef Float16 Element;
 typedef Float32 Element;
 #endif
 
+// One token's share of a chunk: words 2 j, 2 j + 1 are the B operand of step j, columns 16 j + 2 c + {0, 1} and + {8, 9}.
 struct Fragment {
-    u32 b[8];  // 16 columns of one token as bf16: two registers for each of a chunk's four mma
+    u32 b[8];
 };
 
-// The quantiser of formats/activations.py: global scales g (encode) and s (decode) from an amax or a static scale.
+// From 16 consecutive columns in each lane of four to fragments: lane c gives its words to the lanes that multiply them.
+__device__ __forceinline__ void exchange(Fragment& fragment) {
+    const int c = threadIdx.x % 4;
+    u32 halves[2][4];  // transposed: halves[second][j] is word c of lane j's first or second 8 columns
+#pragma unroll
+    for (int second = 0; second < 2; second++) {
+        u32(&v)[4] = halves[second];
+#pragma unroll
+        for (int j = 0; j < 4; j++) v[j] = fragment.b[4 * second + j];
+#pragma unroll
+        for (int bit = 1; bit < 4; bit *= 2) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                if (j & bit) continue;
+                const u32 got = __shfl_xor_sync(~0u, c & bit ? v[j] : v[j | bit], bit);
+                v[j] = c & bit ? got : v[j];
+                v[j | bit] = c & bit ? v[j | bit] : got;
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) fragment.b[2 * j] = halves[0][j], fragment.b[2 * j + 1] = halves[1][j];
+}
+
+// With bf16 activations h is stored so that a lane's 16 values are its fragment: where channel k of token t lies.
+constexpr bool ORDERED = ACTIVATIONS == BF16;
+constexpr int H_STRIDE = ORDERED ? (INTERMEDIATE + 63) / 64 * 64 : INTERMEDIATE;
+__device__ __forceinline__ int h_position(int k) {
+    return ORDERED ? k / 64 * 64 + k % 8 / 2 * 16 + k % 64 / 8 * 2 + k % 2 : k;
+}
+
+// Global scales g (encode) and s (decode) from an amax or a static scale.
 __device__ __forceinline__ void global_scales(u32 amax_bits, const float* static_scale, float& g, float& s) {
     if (ACTIVATIONS == STATIC) {
         s = *static_scale;
         g = __frcp_rn(s);
         return;
     }
-    const float amax = __uint_as_float(amax_bits);
-    g = __fdiv_rn(2688.0f, amax);
-    s = __frcp_rn(g);
-    if (amax < 0x1p-100f) g = s = 1.0f;
-    if (amax_bits >= 0x7F800000u) g = s = __uint_as_float(0x7FC00000u);
+    global_scales_of_amax(amax_bits, g, s);
 }
 
 // The amax that an activation's global scale is made of, over the consumers: of the token in this lane, or of all.
@@ -160,6 +147,7 @@ __device__ __forceinline__ float enter_one(const Source* source, const float* st
     quantize_block(v, g, s);
     Fragment mine;
     to_bf16(v, mine);
+    exchange(mine);
 #pragma unroll
     for (int stage = 0; stage < G::stages; stage++) {
 #pragma unroll
@@ -176,12 +164,14 @@ template <class G, int PHASE, class Source>
 __device__ __forceinline__ float enter_all(const Source* source, int tokens, const float* static_scale, Shared& shared,
                                            Fragment (&fragments)[G::stages]) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
+    constexpr bool IN_ORDER = PHASE == 1 && ORDERED;
+    constexpr int STRIDE = IN_ORDER ? H_STRIDE : G::columns;
     Raw<Source> raw[G::stages];
 #pragma unroll
     for (int stage = 0; stage < G::stages; stage++) {
         const int column = (stage * CONSUMERS + warp) * 64 + (lane % 4) * BLOCK;
         raw[stage] = Raw<Source>{};
-        if (token < tokens && column < G::columns) raw[stage] = load16(source + (size_t)token * G::columns + column);
+        if (token < tokens && column < STRIDE) raw[stage] = load16(source + (size_t)token * STRIDE + column);
     }
     float g, s = 1.0f;
     if (ACTIVATIONS != BF16) {
@@ -203,12 +193,19 @@ __device__ __forceinline__ float enter_all(const Source* source, int tokens, con
         if (ACTIVATIONS == BF16 && is_bf16<Source>()) {  // as it is
 #pragma unroll
             for (int i = 0; i < 8; i++) fragments[stage].b[i] = reinterpret_cast<const u32*>(&raw[stage].words[0])[i];
-            continue;
+        } else {
+            float v[16];
+            unpack16(raw[stage], v);
+            if (ACTIVATIONS != BF16) quantize_block(v, g, s);
+            to_bf16(v, fragments[stage]);
         }
-        float v[16];
-        unpack16(raw[stage], v);
-        if (ACTIVATIONS != BF16) quantize_block(v, g, s);
-        to_bf16(v, fragments[stage]);
+        if (!IN_ORDER) exchange(fragments[stage]);
+        if (IN_ORDER && G::columns % 64) {  // nothing was stored past the last channel
+            const int first = (stage * CONSUMERS + warp) * 64 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (first + 8 * i >= G::columns) fragments[stage].b[i] = 0;
+        }
     }
     return s;
 }
@@ -238,17 +235,11 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
 }
 
 // 16 rows x 64 columns against this warp's 8 tokens.
-__device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, u32 scale_bytes,
-                                               const Fragment& fragment) {
-    const u32 low = scale_pair(scale_bytes & 0xFFu), high = scale_pair(scale_bytes >> 8);  // of rows g and g + 8
-    const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+__device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, const Fragment& fragment) {
+    u32 a[4][4];
+    decode_chunk(codes, scales, a);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        u32 a[4];
-        decode(words[j], a);
-        a[0] = scaled(a[0], low), a[1] = scaled(a[1], high), a[2] = scaled(a[2], low), a[3] = scaled(a[3], high);
-        multiply(sums[j % 2], a, fragment.b[2 * j], fragment.b[2 * j + 1]);
-    }
+    for (int j = 0; j < 4; j++) multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
 }
 
 // --- the roles ------------------------------------------------------------------------------------------------------
@@ -258,9 +249,11 @@ __device__ __forceinline__ void produce(const unsigned char* weights, Shared& sh
     for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
         const unsigned char* from = weights + (size_t)tile * G::chunks * CHUNK_BYTES;
         for (int stage = 0; stage < G::stages; stage++, ring.next()) {
-            barrier_wait(&shared.stage_empty[ring.slot], ring.parity ^ 1);
-            copy_to_shared(shared.stages[ring.slot], from + (size_t)stage * STAGE_BYTES,
-                           G::chunks_in(stage) * CHUNK_BYTES, &shared.stage_full[ring.slot]);
+            barrier_wait(shared_address(&shared.stage_empty[ring.slot]), ring.parity ^ 1);
+            const u32 bytes = G::chunks_in(stage) * CHUNK_BYTES;
+            barrier_expect(shared_address(&shared.stage_full[ring.slot]), bytes);
+            copy_to_shared(shared_address(shared.stages[ring.slot]), from + (size_t)stage * STAGE_BYTES, bytes,
+                           shared_address(&shared.stage_full[ring.slot]));
         }
     }
 }
@@ -274,24 +267,23 @@ __device__ __forceinline__ void consume(Shared& shared, Ring<STAGES>& ring, Ring
 #pragma unroll
         for (int stage = 0; stage < G::stages; stage++, ring.next()) {
             const int chunks = G::chunks_in(stage);
-            barrier_wait(&shared.stage_full[ring.slot], ring.parity);
+            barrier_wait(shared_address(&shared.stage_full[ring.slot]), ring.parity);
             uint4 codes = {};
-            u32 scale_bytes = 0;
+            uint2 scales = {};
             if (warp < chunks) {
-                const unsigned char* from = shared.stages[ring.slot];
-                codes = *reinterpret_cast<const uint4*>(from + warp * CODE_BYTES + lane * 16);
-                scale_bytes = *reinterpret_cast<const unsigned short*>(from + chunks * CODE_BYTES + warp * SCALE_BYTES +
-                                                                       lane * 2);
+                const unsigned char* from = shared.stages[ring.slot] + warp * CHUNK_BYTES;
+                codes = *reinterpret_cast<const uint4*>(from + lane * 16);
+                scales = *reinterpret_cast<const uint2*>(from + CODE_BYTES + lane / 4 * 8);
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(&shared.stage_empty[ring.slot]);
-            if (warp < chunks) multiply_chunk(sums, codes, scale_bytes, fragments[stage]);
+            if (lane == 0) barrier_arrive(shared_address(&shared.stage_empty[ring.slot]));
+            if (warp < chunks) multiply_chunk(sums, codes, scales, fragments[stage]);
         }
-        barrier_wait(&shared.partial_empty[partial.slot], partial.parity ^ 1);
+        barrier_wait(shared_address(&shared.partial_empty[partial.slot]), partial.parity ^ 1);
         shared.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
                                                                 sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
         __syncwarp();
-        if (lane == 0) barrier_arrive(&shared.partial_full[partial.slot]);
+        if (lane == 0) barrier_arrive(shared_address(&shared.partial_full[partial.slot]));
         partial.next();
     }
 }
@@ -301,7 +293,7 @@ template <class G, class Finish>
 __device__ __forceinline__ void reduce(Shared& shared, Ring<2>& partial, Finish finish) {
     const int lane = threadIdx.x % 32;
     for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
-        barrier_wait(&shared.partial_full[partial.slot], partial.parity);
+        barrier_wait(shared_address(&shared.partial_full[partial.slot]), partial.parity);
         float4 sum = shared.partials[partial.slot][0][lane];
 #pragma unroll
         for (int warp = 1; warp < CONSUMERS; warp++) {
@@ -309,7 +301,7 @@ __device__ __forceinline__ void reduce(Shared& shared, Ring<2>& partial, Finish 
             sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
         }
         __syncwarp();
-        if (lane == 0) barrier_arrive(&shared.partial_empty[partial.slot]);
+        if (lane == 0) barrier_arrive(shared_address(&shared.partial_empty[partial.slot]));
         partial.next();
         finish(tile, sum);
     }
@@ -338,15 +330,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(&shared.stage_full[i], 1), barrier_init(&shared.stage_empty[i], CONSUMERS);
-        for (int i = 0; i < 2; i++) barrier_init(&shared.partial_full[i], CONSUMERS), barrier_init(&shared.partial_empty[i], 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        for (int i = 0; i < STAGES; i++) barrier_init(shared_address(&shared.stage_full[i]), 1), barrier_init(shared_address(&shared.stage_empty[i]), CONSUMERS);
+        for (int i = 0; i < 2; i++) barrier_init(shared_address(&shared.partial_full[i]), CONSUMERS), barrier_init(shared_address(&shared.partial_empty[i]), 1);
+        barriers_are_made();
     }
     if (threadIdx.x < 2 * TOKENS) shared.amax[threadIdx.x / TOKENS][threadIdx.x % TOKENS] = 0;
     __syncthreads();
     // Weights do not depend on what ran before; everything else may, so all but the producer wait for it.
-    asm volatile("griddepcontrol.launch_dependents;");
-    if (warp != PRODUCER) asm volatile("griddepcontrol.wait;" ::: "memory");
+    let_next_launch_begin();
+    if (warp != PRODUCER) wait_for_launch_before();
 
     if (warp >= CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
@@ -364,7 +356,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     const float scale = shared.token_scale[0][token + i];
                     const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
                     const float h = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), limit);
-                    store(&hidden_states[(size_t)(token + i) * INTERMEDIATE + tile * 8 + row], h);
+                    store(&hidden_states[(size_t)(token + i) * H_STRIDE + h_position(tile * 8 + row)], h);
                 }
             });
             __syncwarp();

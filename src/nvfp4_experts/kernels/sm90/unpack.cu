@@ -1,68 +1,119 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed fragments (layouts/fragments.py) to plain bf16 rows: value = e2m1 * block scale, exact, no global scale. With
-// FP8, each row is also rounded to e4m3 in units of its amax / 448 (as formats/activations.py does), still written as bf16.
+// Packed fragments (layouts/fragments.py) to e4m3 rows for an FP8 GEMM, each rounded in units of its amax / 448, byte
+// for byte as quantize_fp8_rows of formats/activations.py rounds the decoded row.
 //
-// A warp takes one chunk (16 rows x 64 columns): a lane decodes 16 consecutive columns of rows g and g + 8 and writes them
-// as two 32-byte pieces. Row r of tile t goes to out[r / SPLIT][SPLIT * t + r % SPLIT]: SPLIT = 16 is plain row order,
-// SPLIT = 8 takes interleaved gate and up apart into two halves.
+// A quad of lanes transposes its words of a chunk, so that lane c holds block c of rows g and g + 8: 16 codes of a row
+// under one scale, 16 bytes of the result. Such a block has 8 magnitudes. They are rounded once, into 8 bytes in two
+// registers, and every code then picks its byte: a quarter of the multiplications and half of the conversions.
 //
-// Floor: 0.5625 bytes read and 2 written per weight. Compiled with -D: COLUMNS, SPLIT, FP8.
+// Floor: 0.5625 bytes read and 1 written per weight. A warp writes 128 consecutive bytes of each of 16 rows.
 
 #include "common.cuh"
+#include "async.cuh"
+#include "e4m3.cuh"
 
-constexpr int CHUNKS = (COLUMNS + 63) / 64, STAGE_CHUNKS = 16, CODE_BYTES = 512, SCALE_BYTES = 64;
-constexpr int CHUNK_BYTES = CODE_BYTES + SCALE_BYTES;
+constexpr int COLUMNS = 64, CHUNKS_OF_WARP = 2, THREADS = 256;
 
-// Two bf16 values rounded to e4m3 after multiplication by `inverse`, and back.
-__device__ __forceinline__ u32 round_to_e4m3(u32 pair, float inverse) {
-    const float low = __fmul_rn(__uint_as_float(pair << 16), inverse);
-    const float high = __fmul_rn(__uint_as_float(pair & 0xFFFF0000u), inverse);
-    u16 bytes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(bytes) : "f"(high), "f"(low));
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(bytes));
-    float values[2];
-    asm("{.reg .b16 l, h;\n mov.b32 {l, h}, %2;\n cvt.f32.f16 %0, l;\n cvt.f32.f16 %1, h;}"
-        : "=f"(values[0]), "=f"(values[1])
-        : "r"(halves));
-    return bf16_pair(values[0], values[1]);
-}
-
-// row_amax: of the rows of this call, in the order of out; used with FP8 alone.
-extern "C" __global__ void unpack_fragments(const unsigned char* __restrict__ packed, int first_tile, int tiles,
-                                            const float* __restrict__ row_amax, int half_stride,
-                                            uint4* __restrict__ out) {
-    const int index = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-    const int tile = index / CHUNKS, chunk = index % CHUNKS, stage = chunk / STAGE_CHUNKS, inside = chunk % STAGE_CHUNKS;
-    if (tile >= tiles) return;
-    const int in_stage = min(STAGE_CHUNKS, CHUNKS - stage * STAGE_CHUNKS);
-    const unsigned char* from =
-        packed + ((size_t)(first_tile + tile) * CHUNKS + stage * STAGE_CHUNKS) * CHUNK_BYTES;
-    const uint4 codes = *reinterpret_cast<const uint4*>(from + inside * CODE_BYTES + lane * 16);
-    const unsigned char* scales = from + in_stage * CODE_BYTES + inside * SCALE_BYTES + lane * 2;
-    const int column = chunk * 64 + lane % 4 * 16;
-    if (column >= COLUMNS) return;
-    const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+// Word j of lane c of a quad goes to word c of lane j.
+__device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const u32 scale = scale_pair(scales[h]);
-        u32 pairs[8];
+    for (int step = 1; step < 4; step *= 2) {
+        const bool keeps_upper = threadIdx.x & step;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            u32 decoded[4];  // of rows g, g + 8, g, g + 8
-            decode(words[j], decoded);
-            pairs[2 * j] = scaled(scaled(decoded[h], scale), 0x43004300u);  // times 2^7
-            pairs[2 * j + 1] = scaled(scaled(decoded[2 + h], scale), 0x43004300u);
+            if (j & step) continue;
+            u32 &lower = words[j], &upper = words[j + step];
+            const u32 got = __shfl_xor_sync(~0u, keeps_upper ? lower : upper, step);
+            lower = keeps_upper ? got : lower;
+            upper = keeps_upper ? upper : got;
         }
-        const int row = 8 * h + lane / 4;
-#if FP8
-        const float amax = row_amax[row / SPLIT * half_stride + tile * SPLIT + row % SPLIT];
-        const float inverse = __fdiv_rn(448.0f, amax < 0x1p-100f ? 0x1p-100f : amax);  // NaN stays NaN
+    }
+}
+
+// e4m3 of the magnitudes 0, .5, 1, 1.5 (low) and 2, 3, 4, 6 (high), times a block scale and 448 / amax.
+struct Magnitudes {
+    u32 low, high;
+};
+
+// inverse: 448 / amax * 2^-7, which undoes the 2^7 of a scale byte. Only the products with 1 and 1.5 round; the others
+// are these times a power of two. A NaN scale makes NaN of code 0 too.
+__device__ __forceinline__ Magnitudes magnitudes(u32 scale_byte, float inverse) {
+    const float scale = to_float(Float16{(u16)(scale_byte << 7)});
+    const float one = __fmul_rn(scale, inverse), one_and_half = __fmul_rn(1.5f * scale, inverse);
+    return {e4m3_quad(0.0f * one, 0.5f * one, one, one_and_half),
+            e4m3_quad(2.0f * one, 2.0f * one_and_half, 4.0f * one, 4.0f * one_and_half)};
+}
+
+// Four codes, a byte each with the magnitude in bits 0..2 of `index` and the sign in bit 7 of `signs`, as e4m3.
+__device__ __forceinline__ u32 pick(Magnitudes table, u32 index, u32 signs) {
+    const u32 pairs = index | index >> 4;  // two selectors each in bytes 0 and 2
+    u32 bytes;
+    const u32 selectors = __byte_perm(pairs, 0, 0x4420);
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.low), "r"(table.high), "r"(selectors));
+    return bytes | (signs & 0x80808080u);
+}
+
+// Blocks of one y take one tile; packed: tiles of `chunks` chunks. Row i of a tile is row
+//     split * tile + i % 8 + i / 8 * half
+// of `values` and `scales`: split = 16, half = 8 is plain order; split = 8 takes interleaved gate and up apart, half
+// rows from each other. row_amax (bf16) is likewise, with amax_half. global_scales: one, or gate's and up's.
+// values: (rows, columns) e4m3; scales: (rows,), amax / 448 * global scale.
+extern "C" __global__ void __launch_bounds__(THREADS)
+    unpack_fragments(const unsigned char* __restrict__ packed, int chunks, int columns,
+                     const BFloat16* __restrict__ row_amax, int amax_half, const float* __restrict__ global_scales,
+                     int split, int half, unsigned char* __restrict__ values, float* __restrict__ scales) {
+    __shared__ float inverses[16];
+    let_next_launch_begin();
+    const int tile = blockIdx.y, first_chunk = (blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * CHUNKS_OF_WARP;
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    auto row_of = [&](int i, int half) { return split * tile + i % 8 + i / 8 * half; };
+
+    // Weights are there before any launch: they arrive while the launch in front of this one ends.
+    uint4 codes[CHUNKS_OF_WARP];
+    u32 scale_bytes[CHUNKS_OF_WARP][2];
 #pragma unroll
-        for (int i = 0; i < 8; i++) pairs[i] = round_to_e4m3(pairs[i], inverse);
-#endif
-        uint4* to = out + (((size_t)(row / SPLIT) * tiles + tile) * SPLIT + row % SPLIT) * (COLUMNS / 8) + column / 8;
-        to[0] = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        to[1] = make_uint4(pairs[4], pairs[5], pairs[6], pairs[7]);
+    for (int i = 0; i < CHUNKS_OF_WARP; i++) {
+        const int chunk = min(first_chunk + i, chunks - 1);
+        const unsigned char* from = packed + ((size_t)tile * chunks + chunk) * CHUNK_BYTES;
+        codes[i] = __ldcs(reinterpret_cast<const uint4*>(from) + lane);
+#pragma unroll
+        for (int h = 0; h < 2; h++) scale_bytes[i][h] = __ldcs(from + CODE_BYTES + 8 * g + 4 * h + c);
+    }
+    float amax;
+    if (threadIdx.x < 16) {
+        amax = amax_or_floor(to_float(row_amax[row_of(threadIdx.x, amax_half)]));
+        inverses[threadIdx.x] = __fdiv_rn(448.0f * 0x1p-7f, amax);
+    }
+    __syncthreads();
+    wait_for_launch_before();  // it may still read what this launch writes
+    if (blockIdx.x == 0 && threadIdx.x < 16) {
+        const float global_scale = global_scales[split == 8 ? threadIdx.x / 8 : 0];
+        scales[row_of(threadIdx.x, half)] = __fmul_rn(__fdiv_rn(amax, 448.0f), global_scale);
+    }
+    if (first_chunk >= chunks) return;  // a whole warp
+
+#pragma unroll
+    for (int i = 0; i < CHUNKS_OF_WARP; i++) {
+        u32 words[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
+        transpose_quad(words);  // word j: columns 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of the block
+        const Magnitudes table[2] = {magnitudes(scale_bytes[i][0], inverses[g]),
+                                     magnitudes(scale_bytes[i][1], inverses[g + 8])};
+        u32 out[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {  // columns 4 j .. 4 j + 3 and 8 more; bit places as in layouts/fragments.py
+            const u32 low = __byte_perm(words[2 * j], words[2 * j + 1], 0x6420);  // a byte a column
+            const u32 high = __byte_perm(words[2 * j], words[2 * j + 1], 0x7531);
+            out[0][j] = pick(table[0], (high << 2 & 0x04040404u) | (low >> 6 & 0x03030303u), high);
+            out[1][j] = pick(table[1], low >> 3 & 0x07070707u, high << 3);
+            out[0][j + 2] = pick(table[0], low & 0x07070707u, high << 1);
+            out[1][j + 2] = pick(table[1], high >> 1 & 0x07070707u, high << 2);
+        }
+        const int column = (first_chunk + i) * COLUMNS + c * 16;
+        if (column < columns) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+                *reinterpret_cast<uint4*>(values + (size_t)row_of(g + 8 * h, half) * columns + column) =
+                    make_uint4(out[h][0], out[h][1], out[h][2], out[h][3]);
+        }
     }
 }

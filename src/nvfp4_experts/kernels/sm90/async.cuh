@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// Hopper's asynchronous machinery, one name an instruction: mbarriers, the copy engine, clusters, warpgroup mma.
+
+typedef u32 Address;  // in this block's shared memory; worked out once, since generic pointers cost instructions in a loop
+
+__device__ __forceinline__ Address shared_address(const void* p) { return (Address)__cvta_generic_to_shared(p); }
+
+__device__ __forceinline__ uint4 load_16(Address from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+    return v;
+}
+
+__device__ __forceinline__ uint2 load_8(Address from) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from));
+    return v;
+}
+
+// --- barriers in shared memory --------------------------------------------------------------------------------------
+
+constexpr int BARRIER_BYTES = 8;
+
+__device__ __forceinline__ void barrier_init(Address barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+__device__ __forceinline__ void barriers_are_made() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(Address barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// The phase completes when these bytes have arrived too.
+__device__ __forceinline__ void barrier_expect(Address barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(Address barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "again:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
+// Position in a ring of barriers: parity flips each time round.
+template <int SIZE>
+struct Ring {
+    u32 slot = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == SIZE) slot = 0, parity ^= 1;
+    }
+};
+
+// Threads of a block that share a named barrier.
+__device__ __forceinline__ void sync_threads(int name, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// --- the launch before this one -------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void let_next_launch_begin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Until all of the launch before has ended and its writes can be seen.
+__device__ __forceinline__ void wait_for_launch_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// --- copies into shared memory --------------------------------------------------------------------------------------
+
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+// Bytes: a multiple of 16.
+__device__ __forceinline__ void copy_to_shared(Address to, const void* from, u32 bytes, Address barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void copy_box(Address to, const TensorMap& map, int x, int y, int z, Address barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
+        "l"(&map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+        : "memory");
+}
+
+__device__ __forceinline__ void copy_box(Address to, const TensorMap& map, int x, int y, Address barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+        "l"(&map), "r"(x), "r"(y), "r"(barrier)
+        : "memory");
+}
+
+// --- clusters -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// All threads of the cluster that have not ended. It orders no memory: it says that barriers exist, or that nobody reads a
+// ring any more.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// To the same place in another block of the cluster, or this one; its barrier counts the 16 bytes when they are there.
+__device__ __forceinline__ void send(Address to, u32 rank, Address barrier, float4 v) {
+    asm volatile(
+        "{\n.reg .b32 place, counter;\nmapa.shared::cluster.u32 place, %0, %2;\nmapa.shared::cluster.u32 counter, %1, %2;\n"
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [place], {%3, %4, %5, %6}, [counter];\n}\n" ::"r"(to),
+        "r"(barrier), "r"(rank), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+        : "memory");
+}
+
+// --- warpgroup mma --------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void mma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void mma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int PENDING>
+__device__ __forceinline__ void mma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+}
+
+// The lower word of the descriptor of B: a row of 64 bf16 (128 bytes) per column of B, rows swizzled in groups of 8 as the
+// copy engine's 128-byte mode leaves them. Two more per 16 rows of K. The upper word is the same for all.
+__device__ __forceinline__ u32 mma_operand(Address tile) { return (tile >> 4 & 0x3FFF) | 1u << 16; }
+#define MMA_OPERAND_HIGH "0x40000040"  // 128-byte swizzle, 1024 bytes from 8 rows to the next
+
+// sums (64 x N) += a (64 x 16 bf16, in registers) * b (16 x N bf16, in shared memory)
+template <int N>
+__device__ __forceinline__ void mma_async(float (&sums)[N / 2], const u32 (&a)[4], u32 b);
+
+#define SUMS_8(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3]), "+f"(sums[i + 4]), "+f"(sums[i + 5]), "+f"(sums[i + 6]), "+f"(sums[i + 7])
+#define SUMS_16(i) SUMS_8(i), SUMS_8(i + 8)
+#define SUMS_32(i) SUMS_16(i), SUMS_16(i + 16)
+#define SUMS_64(i) SUMS_32(i), SUMS_32(i + 32)
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_64 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_128 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+
+// N columns in SUMS registers; the five operands behind them are numbered a0 .. b.
+#define DEFINE_MMA(N, NAMES, SUMS, a0, a1, a2, a3, b_)                                                                  \
+    template <>                                                                                                       \
+    __device__ __forceinline__ void mma_async<N>(float (&sums)[N / 2], const u32 (&a)[4], u32 b) {                     \
+        asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%" #b_ ", " MMA_OPERAND_HIGH "};\n"                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES "}, {%" #a0 ", %" #a1 ", %" #a2 \
+                     ", %" #a3 "}, b, 1, 1, 1, 0;\n}\n"                                                               \
+                     : SUMS                                                                                           \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                           \
+    }
+DEFINE_MMA(32, NAMES_16, SUMS_16(0), 16, 17, 18, 19, 20)
+DEFINE_MMA(64, NAMES_32, SUMS_32(0), 32, 33, 34, 35, 36)
+DEFINE_MMA(128, NAMES_64, SUMS_64(0), 64, 65, 66, 67, 68)
+#define SUMS_128(i) SUMS_64(i), SUMS_64(i + 64)
+DEFINE_MMA(256, NAMES_128, SUMS_128(0), 128, 129, 130, 131, 132)

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// What surrounds the FP8 GEMMs: rows to e4m3 with a scale each, as quantize_fp8_rows of formats/activations.py does it.
+//
+//   quantize_rows_*   of x, byte for byte                                        floor: x read once, 1 byte written
+//   swiglu_quantize   of h = silu(min(gate, L)) * clamp(up, -L, L) in fp32       floor: 4 bytes read, 1 written per h
+//
+// A block of threads takes a row and reads it once: a thread keeps KEPT vectors of 8 values while the largest is found.
+// Columns beyond 8 * KEPT a thread (KEPT * 8192 in all) are read, or computed, twice.
+
+#include "common.cuh"
+#include "async.cuh"
+#include "e4m3.cuh"
+
+constexpr int KEPT = 4, MOST_THREADS = 1024;
+
+struct Eight {
+    float value[8];
+};
+
+// A row gives its values in two steps, so that a thread's loads are all on their way before the first is used.
+template <class Element>
+struct RowOfX {
+    const Element* x;
+    union Loaded {
+        uint4 words[sizeof(Element) / 2];
+        Element element[8];
+    };
+
+    __device__ __forceinline__ Loaded load(int vector) const {
+        Loaded loaded;
+#pragma unroll
+        for (int i = 0; i < (int)sizeof(Element) / 2; i++)
+            loaded.words[i] = __ldcg(reinterpret_cast<const uint4*>(x + vector * 8) + i);
+        return loaded;
+    }
+    __device__ __forceinline__ Eight values(const Loaded& loaded) const {
+        Eight v;
+#pragma unroll
+        for (int i = 0; i < 8; i++) v.value[i] = to_float(loaded.element[i]);
+        return v;
+    }
+};
+
+// limit: L, infinity for none. NaN passes, as in torch.clamp. Unlike `swiglu`, with the hardware's exponential and
+// reciprocal: 2^-22 off each, and the exponential by the |gate| * 2^-24 of its rounded argument, where the e4m3 that
+// follows is off by 2^-5. The exact ones would take as long as the memory does.
+__device__ __forceinline__ float fast_swiglu(float gate, float up, float limit) {
+    float power, sigmoid;
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(gate) : "f"(limit));
+    asm("min.NaN.f32 %0, %0, %1;" : "+f"(up) : "f"(limit));
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(up) : "f"(-limit));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(gate * -1.44269504f));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + power));
+    return gate * sigmoid * up;
+}
+
+struct RowOfH {
+    const BFloat16 *gate, *up;
+    float limit;
+    union Loaded {
+        uint4 words[2];
+        BFloat16 element[16];
+    };
+
+    __device__ __forceinline__ Loaded load(int vector) const {
+        Loaded loaded;
+        loaded.words[0] = __ldcg(reinterpret_cast<const uint4*>(gate) + vector);
+        loaded.words[1] = __ldcg(reinterpret_cast<const uint4*>(up) + vector);
+        return loaded;
+    }
+    __device__ __forceinline__ Eight values(const Loaded& loaded) const {
+        Eight v;
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            v.value[i] = fast_swiglu(to_float(loaded.element[i]), to_float(loaded.element[i + 8]), limit);
+        return v;
+    }
+};
+
+// The bits of the largest magnitude; infinity sorts above every number, NaN above infinity.
+__device__ __forceinline__ u32 largest_of(u32 largest, const Eight& v) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) largest = max(largest, __float_as_uint(v.value[i]) & 0x7FFFFFFFu);
+    return largest;
+}
+
+__device__ __forceinline__ u32 largest_of_block(u32 largest) {
+    __shared__ u32 of_warp[MOST_THREADS / 32];
+    largest = __reduce_max_sync(~0u, largest);
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = largest;
+    __syncthreads();
+    return __reduce_max_sync(~0u, threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0);
+}
+
+template <class Row>
+__device__ __forceinline__ void quantize_row(const Row& row, int columns, unsigned char* values, float* scale) {
+    const int vectors = columns / 8, first_again = threadIdx.x + KEPT * blockDim.x;
+    typename Row::Loaded loaded[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) loaded[i] = row.load(min((int)(threadIdx.x + i * blockDim.x), vectors - 1));
+    Eight kept[KEPT];
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        kept[i] = row.values(loaded[i]);
+        largest = largest_of(largest, kept[i]);
+    }
+    for (int vector = first_again; vector < vectors; vector += blockDim.x)
+        largest = largest_of(largest, row.values(row.load(vector)));
+
+    const float amax = amax_or_floor(__uint_as_float(largest_of_block(largest))), inverse = __fdiv_rn(448.0f, amax);
+    if (threadIdx.x == 0) *scale = __fdiv_rn(amax, 448.0f);
+    auto write = [&](int vector, Eight v) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v.value[i] = __fmul_rn(v.value[i], inverse);
+        const u32 low = e4m3_quad(v.value[0], v.value[1], v.value[2], v.value[3]);
+        const u32 high = e4m3_quad(v.value[4], v.value[5], v.value[6], v.value[7]);
+        reinterpret_cast<uint2*>(values)[vector] = make_uint2(low, high);
+    };
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) {
+        const int vector = threadIdx.x + i * blockDim.x;
+        if (vector < vectors) write(vector, kept[i]);
+    }
+    for (int vector = first_again; vector < vectors; vector += blockDim.x) write(vector, row.values(row.load(vector)));
+}
+
+// x (T, columns), columns a multiple of 8 -> values (T, columns), scales (T,). One block a row.
+template <class Element>
+__device__ __forceinline__ void quantize_rows(const Element* x, int columns, unsigned char* values, float* scales) {
+    let_next_launch_begin();
+    wait_for_launch_before();
+    const size_t first = (size_t)blockIdx.x * columns;
+    quantize_row(RowOfX<Element>{x + first}, columns, values + first, scales + blockIdx.x);
+}
+
+#define QUANTIZE_ROWS(name, Element)                                               \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                     \
+        name(const Element* x, int columns, unsigned char* values, float* scales) { \
+        quantize_rows(x, columns, values, scales);                                 \
+    }
+QUANTIZE_ROWS(quantize_rows_bf16, BFloat16)
+QUANTIZE_ROWS(quantize_rows_fp16, Float16)
+QUANTIZE_ROWS(quantize_rows_fp32, Float32)
+
+// gate_up (T, 2 columns) bf16, gate's columns and then up's -> values (T, columns), scales (T,). One block a row.
+extern "C" __global__ void __launch_bounds__(MOST_THREADS)
+    swiglu_quantize(const BFloat16* gate_up, int columns, float limit, unsigned char* values, float* scales) {
+    let_next_launch_begin();
+    wait_for_launch_before();
+    const size_t first = (size_t)blockIdx.x * columns;
+    quantize_row(RowOfH{gate_up + 2 * first, gate_up + 2 * first + columns, limit}, columns, values + first,
+                 scales + blockIdx.x);
+}

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+// Packed NVFP4 weights times bf16 activations on Hopper's tensor cores, for 9 tokens and more: one half of the layer a launch.
+//
+//   GATE_UP   h = silu(min(gate, L)) * clamp(up, -L, L), gate and up = x @ W1.T, x @ W3.T       never more than I columns
+//   DOWN      y = h @ W2.T
+//
+// Weights are the 64-row operand of wgmma, tokens its columns. A block owns 64 ROW_GROUPS weight rows and TOKENS tokens.
+// Two producer threads, of weights and of activations, keep a ring of STAGES stages filled; ROW_GROUPS x COLUMN_GROUPS
+// consumer warpgroups each take 64 rows and two chunks (of 64 columns) of a stage, and decode the weights of a chunk in
+// registers (16 bytes a lane are its A operands, layouts/fragments.py) while the wgmmas of the chunk before run.
+// Gate and up, interleaved 8 rows by 8, meet in one thread, so SwiGLU needs no exchange.
+//
+// K may be cut twice: in SPLIT runs, one for each block of a cluster, and within a block among COLUMN_GROUPS. The sums of
+// these PARTS meet in distributed shared memory, where each part adds all of them, in order, for its share of the tokens.
+// With one part blocks are persistent. A token's result depends on PARTS and on nothing else of the batch.
+//
+// Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 110
+// instructions for 16 rows x 64 columns, 60 of them on the pipe that takes one every other cycle, whatever TOKENS is.
+//
+// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a consumer thread),
+//   SHARED_BYTES (of the launch) and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16, quantised with a static scale.
+
+#include "common.cuh"
+#include "async.cuh"
+
+#define BF16 0
+#define FP16 1
+#define FP32 2
+#define NVFP4 3
+
+#define PARTED (SPLIT * COLUMN_GROUPS > 1)
+
+constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
+constexpr int ROWS = 64 * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
+constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES, TOKEN_BYTES = TOKENS * 128;  // of a chunk
+constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;               // of 64 columns; of 8 tokens
+constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // of them, that a part finishes, at most
+constexpr int AMAX_GROUPS = SHARE < 8 ? SHARE : 8;  // of SHARE, that warps exchange the largest values of at a time
+__device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
+__device__ constexpr int part_of(int group) {
+    int part = 0;
+    while (group >= first_group(part + 1)) part++;
+    return part;
+}
+
+struct Arguments {
+    TensorMap weights;      // (tiles of 16 rows, chunks, 144) words, box (ROW_WARPS, STAGE_CHUNKS, 144)
+    TensorMap activations;  // (tokens, columns) bf16, box (TOKENS, 64), 128-byte swizzle
+    const float* weight_scales;  // GATE_UP: of gate, of up; DOWN: of down
+    const float* token_scales;   // of the activations: one, or with per_token one a token; null: 1
+    const float* hidden_scale;   // NVFP4: the static scale of h
+    void* out;                   // (tokens, rows / 2 or rows)
+    int per_token, tokens, rows, chunks;
+    float limit;
+};
+
+struct Shared {
+    union {
+        struct {
+            alignas(1024) unsigned char activations[STAGES][STAGE_CHUNKS][TOKEN_BYTES];
+            alignas(128) unsigned char weights[STAGES][STAGE_CHUNKS * WEIGHT_BYTES];  // [row warp][chunk]
+        };
+        float4 sums[PARTS > 1 ? PARTS : 1][PARTS > 1 ? COLUMN_GROUPS * SHARE : 1][ROW_WARPS * 32];
+    };
+    u64 full[STAGES], empty[STAGES], summed;
+#if OUT == NVFP4
+    u32 amax[CONSUMERS][AMAX_GROUPS * 8];
+#endif
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch must ask for as much");
+
+// A block's tiles, one after the other, and its run of stages: [begin, end) of K.
+struct Work {
+    int row_tiles, tile, tiles, step, begin, end;
+
+    __device__ Work(const Arguments& arguments, int split) {
+        row_tiles = (arguments.rows + ROWS - 1) / ROWS;
+        tiles = row_tiles * ((arguments.tokens + TOKENS - 1) / TOKENS);
+        tile = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
+        const int stages = (arguments.chunks + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
+        begin = stages * split / SPLIT, end = stages * (split + 1) / SPLIT;
+    }
+    __device__ bool more() const { return tile < tiles; }
+    __device__ void next() { tile += step; }
+    __device__ int row() const { return tile % row_tiles * ROWS; }
+    __device__ int token() const { return tile / row_tiles * TOKENS; }
+};
+
+// Calls copy(slot, row, token, stage) for every stage of this block's work as soon as its slot is free.
+template <class Copy>
+__device__ __forceinline__ void produce(Work work, Address empty, Copy copy) {
+    Ring<STAGES> ring;
+    for (; work.more(); work.next()) {
+        const int row = work.row(), token = work.token();
+#pragma unroll 1
+        for (int stage = work.begin; stage < work.end; stage++, ring.next()) {
+            barrier_wait(empty + ring.slot * BARRIER_BYTES, ring.parity ^ 1);
+            copy(ring.slot, row, token, stage);
+        }
+    }
+}
+
+// The sums over this warpgroup's columns, 64 rows x TOKENS; sums[4 i + 2 h + e]: row g + 8 h, token 8 i + 2 c + e.
+__device__ __forceinline__ void multiply(int steps, int row_warp, int column_group, const Shared& shared,
+                                         Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
+    const int lane = threadIdx.x % 32;
+    const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
+    const Address codes_at = shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
+    const u32 operand = mma_operand(shared_address(shared.activations[0][2 * column_group]));
+    u32 first[4][4], second[4][4];
+    u32 before = 0;
+    for (int i = 0; i < steps; i++) {
+        const Address from = codes_at + ring.slot * (STAGE_CHUNKS * WEIGHT_BYTES);
+        const u32 b = operand + ring.slot * (STAGE_CHUNKS * TOKEN_BYTES / 16);
+        barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
+        const uint4 codes = load_16(from + lane * 16), more_codes = load_16(from + CHUNK_BYTES + lane * 16);
+        const uint2 scales = load_8(from + CODE_BYTES + lane / 4 * 8), more_scales = load_8(from + CHUNK_BYTES + CODE_BYTES + lane / 4 * 8);
+        decode_chunk(codes, scales, first);
+        mma_fence();
+#pragma unroll
+        for (int j = 0; j < 4; j++) mma_async<TOKENS>(sums, first[j], b + 2 * j);
+        mma_commit();
+        mma_wait<1>();  // the stage before has been read: its slot may be filled again
+        if (i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
+        decode_chunk(more_codes, more_scales, second);
+        mma_fence();
+#pragma unroll
+        for (int j = 0; j < 4; j++) mma_async<TOKENS>(sums, second[j], b + TOKEN_BYTES / 16 + 2 * j);
+        mma_commit();
+        mma_wait<1>();
+        before = ring.slot;
+        ring.next();
+    }
+    mma_wait<0>();
+    if (lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// Sends every group of tokens to the part that finishes it; returns the whole sums of this part's share.
+__device__ __forceinline__ void exchange(int part, Shared& shared, const float (&sums)[TOKENS / 2], float (&whole)[SHARE * 4]) {
+    const int place = threadIdx.x % (ROW_WARPS * 32), share = part % COLUMN_GROUPS * SHARE;
+    const Address summed = shared_address(&shared.summed);
+    if (SPLIT > 1)
+        cluster_sync();  // the ring is not used again; the sums lie in its place
+    else
+        sync_threads(1, CONSUMERS * 32);
+#pragma unroll
+    for (int i = 0; i < GROUPS; i++) {
+        const int to = part_of(i);
+        const Address at = shared_address(&shared.sums[part][to % COLUMN_GROUPS * SHARE + i - first_group(to)][place]);
+        send(at, to / COLUMN_GROUPS, summed, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+    }
+    barrier_wait(summed, 0);
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        float4 sum = shared.sums[0][share + i][place];
+#pragma unroll
+        for (int other = 1; other < PARTS; other++) {
+            const float4 more = shared.sums[other][share + i][place];
+            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        whole[4 * i] = sum.x, whole[4 * i + 1] = sum.y, whole[4 * i + 2] = sum.z, whole[4 * i + 3] = sum.w;
+    }
+}
+
+__device__ __forceinline__ u32 transposed(u32 pair) {
+    u32 result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+    return result;
+}
+
+// Eight rows by eight tokens, v[e] of row g and token 2 c + e, to out[token][row]: a lane writes rows 2 c, 2 c + 1 of token g.
+__device__ __forceinline__ void store_8x8(void* out, size_t stride, int row, int token, int tokens, float v0, float v1) {
+    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+#if OUT == FP32
+    float* to = reinterpret_cast<float*>(out) + (token + 2 * c) * stride + row + g;
+    if (token + 2 * c < tokens) to[0] = v0;
+    if (token + 2 * c + 1 < tokens) to[stride] = v1;
+#else
+#if OUT == FP16
+    u32 pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v1), "f"(v0));
+#else
+    u32 pair = bf16_pair(v0, v1);
+#endif
+    pair = transposed(pair);
+    if (token + g < tokens) reinterpret_cast<u32*>(reinterpret_cast<u16*>(out) + (token + g) * stride + row)[c] = pair;
+#endif
+}
+
+// Scales, SwiGLU and the result's format for 16 rows from `row` and the tokens [first_token, end_token).
+__device__ __forceinline__ void finish(const Arguments& arguments, int row, int first_token, int end_token, Shared& shared,
+                                       float (&sums)[SHARE * 4]) {
+    const int lane = threadIdx.x % 32, c = lane % 4;
+    auto token_scale = [&](int token) {
+        if (!arguments.token_scales || token >= end_token) return 1.0f;
+        return __ldcg(arguments.token_scales + (arguments.per_token ? token : 0));
+    };
+#if GATE_UP
+    const float gate_scale = arguments.weight_scales[0], up_scale = arguments.weight_scales[1];
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const float scale = token_scale(first_token + 8 * i + 2 * c + e);
+            const float gate = sums[4 * i + e] * UNPACKED, up = sums[4 * i + 2 + e] * UNPACKED;
+            sums[4 * i + e] = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), arguments.limit);
+        }
+    }
+#if OUT == NVFP4  // a block of 16 channels is that of two neighbouring warps
+    const int warp = threadIdx.x / 32;
+    const float s = *arguments.hidden_scale, g = __frcp_rn(s);
+#pragma unroll
+    for (int first = 0; first < SHARE; first += AMAX_GROUPS) {
+        sync_threads(1, CONSUMERS * 32);
+#pragma unroll
+        for (int i = first; i < SHARE && i < first + AMAX_GROUPS; i++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                u32 largest = __float_as_uint(sums[4 * i + e]) & 0x7FFFFFFFu;
+#pragma unroll
+                for (int other = 4; other < 32; other *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, other));
+                if (lane < 4) shared.amax[warp][8 * (i - first) + 2 * c + e] = largest;
+            }
+        }
+        sync_threads(1, CONSUMERS * 32);
+#pragma unroll
+        for (int i = first; i < SHARE && i < first + AMAX_GROUPS; i++) {
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+                const int token = 8 * (i - first) + 2 * c + e;
+                const u32 largest = max(shared.amax[warp][token], shared.amax[warp ^ 1][token]);
+                sums[4 * i + e] = quantize_value(sums[4 * i + e], block_scale(largest, g, s));
+            }
+        }
+    }
+#endif
+    if (row >= arguments.rows) return;
+#pragma unroll
+    for (int i = 0; i < SHARE; i++)
+        store_8x8(arguments.out, arguments.rows / 2, row / 2, first_token + 8 * i, end_token, sums[4 * i], sums[4 * i + 1]);
+#else
+    if (row >= arguments.rows) return;
+    const float weight_scale = arguments.weight_scales[0];
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        const int token = first_token + 8 * i;
+        const float scale_0 = token_scale(token + 2 * c) * weight_scale, scale_1 = token_scale(token + 2 * c + 1) * weight_scale;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            store_8x8(arguments.out, arguments.rows, row + 8 * h, token, end_token,
+                      sums[4 * i + 2 * h] * UNPACKED * scale_0, sums[4 * i + 2 * h + 1] * UNPACKED * scale_1);
+    }
+#endif
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(const __grid_constant__ Arguments arguments) {
+    extern __shared__ __align__(1024) unsigned char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
+    const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
+    const int split = SPLIT > 1 ? (int)cluster_rank() : 0;
+    Work work(arguments, split);
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(full + i * BARRIER_BYTES, 2);  // a producer each
+            barrier_init(empty + i * BARRIER_BYTES, CONSUMERS);
+        }
+        barrier_init(shared_address(&shared.summed), 1);
+        barriers_are_made();
+        const int groups = first_group((split + 1) * COLUMN_GROUPS) - first_group(split * COLUMN_GROUPS);
+        barrier_expect(shared_address(&shared.summed), PARTS * groups * ROW_WARPS * 32 * sizeof(float4));
+    }
+    if (SPLIT > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    let_next_launch_begin();
+
+    if (warp >= CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 4 ? 32 : 40));
+        if (warp == CONSUMERS && lane == 0) {  // weights do not depend on what ran before
+            const Address weights = shared_address(shared.weights);
+            produce(work, empty, [&](u32 slot, int row, int, int stage) {
+                const Address barrier = full + slot * BARRIER_BYTES;
+                barrier_expect(barrier, STAGE_CHUNKS * WEIGHT_BYTES);
+                copy_box(weights + slot * (STAGE_CHUNKS * WEIGHT_BYTES), arguments.weights, 0, stage * STAGE_CHUNKS, row / 16, barrier);
+            });
+        } else if (warp == CONSUMERS + 1 && lane == 0) {
+            wait_for_launch_before();
+            const Address activations = shared_address(shared.activations);
+            produce(work, empty, [&](u32 slot, int, int token, int stage) {
+                const Address barrier = full + slot * BARRIER_BYTES;
+                barrier_expect(barrier, STAGE_CHUNKS * TOKEN_BYTES);
+#pragma unroll
+                for (int i = 0; i < STAGE_CHUNKS; i++)
+                    copy_box(activations + (slot * STAGE_CHUNKS + i) * TOKEN_BYTES, arguments.activations,
+                             (stage * STAGE_CHUNKS + i) * 64, token, barrier);
+            });
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+        wait_for_launch_before();  // it may still read what this launch writes
+        const int row_warp = warp % ROW_WARPS, column_group = warp / ROW_WARPS;
+        Ring<STAGES> ring;
+        for (; work.more(); work.next()) {
+            float sums[TOKENS / 2] = {};
+            multiply(work.end - work.begin, row_warp, column_group, shared, ring, sums);
+            const int row = work.row() + row_warp * 16, token = work.token();
+#if PARTED
+            float whole[SHARE * 4];
+            const int part = split * COLUMN_GROUPS + column_group;
+            exchange(part, shared, sums, whole);
+            const int end = min(arguments.tokens, token + first_group(part + 1) * 8);
+            finish(arguments, row, token + first_group(part) * 8, end, shared, whole);
+#else
+            finish(arguments, row, token, arguments.tokens, shared, sums);
+#endif
+        }
+    }
+}

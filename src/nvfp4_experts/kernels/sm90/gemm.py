@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""More tokens than decode.cu takes, on Hopper: gemm.cu for each half of the layer, straight from packed weights.
+
+    enter.cu      nvfp4 alone: x to NVFP4 values and their scale
+    gemm.cu       x @ W1.T, x @ W3.T, clamp and SwiGLU -> h      (static: quantised there; bf16: rounded once)
+    enter.cu      nvfp4 dynamic and per_token: h, fp32, to values and scale
+    gemm.cu       h @ W2.T -> y
+
+Every operand is exact in bf16 and every sum fp32, as in kernels/reference.py. Scratch: h, and the values of x where
+they are not x itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import UnsupportedError
+from ...formats.codes import BLOCK_SIZE
+from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
+from ..dispatch import Call, Problem
+from ..target import target_of
+from .choice import choose
+from .compile import compile_all, launch_kernel, load_kernel
+from .config import GemmConfig
+from .table import token_ranges
+from .workspace import Part, carve
+
+_BF16, _NVFP4 = 0, 3
+_OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_ENTER_THREADS = 256
+_MODE = {"static": 1, "dynamic": 2, "per_token": 3}
+
+
+def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
+    """x (T, H) to out (T, H), both aligned to 16 bytes; weights as `Sm90Backend.pack` made them; not for "fp8"."""
+    gate_up, global_scales, _, down, down_global_scale, _ = weights
+    tokens, hidden = x.shape
+    first, second = choose(hidden, size, tokens, target_of(x.device))
+    mode = call.activation_scale if call.activations == "nvfp4" else "bf16"
+    layout = scratch(mode, hidden, size, tokens)
+    if mode == "bf16" and x.dtype == torch.bfloat16:
+        del layout["values"]
+    made = dict(zip(layout, carve(x.device, *layout.values()), strict=True))
+    h, values = made["h"], made.get("values", x)
+    scale = made.get("scale", call.input_scale if mode == "static" else None)
+    if mode != "bf16":
+        _enter(x, mode, scale, values, made.get("partials"))
+    elif values is not x:
+        values.copy_(x)
+    run_half(
+        values,
+        gate_up,
+        2 * size,
+        global_scales,
+        h,
+        first,
+        gate_up=True,
+        limit=call.swiglu_limit,
+        token_scales=scale,
+        hidden_scale=call.hidden_scale if mode == "static" else None,
+        per_token=mode == "per_token",
+    )
+    if mode == "static":
+        scale = call.hidden_scale
+    elif mode != "bf16":
+        _enter(h, mode, scale, made["h_values"], made["partials"])
+        h = made["h_values"]
+    run_half(
+        h,
+        down,
+        hidden,
+        down_global_scale,
+        out,
+        second,
+        gate_up=False,
+        token_scales=scale,
+        per_token=mode == "per_token",
+    )
+
+
+def scratch(mode: str, hidden: int, intermediate: int, tokens: int) -> dict[str, Part]:
+    """What `shared_expert` carves at most; mode is "bf16" or an activation scale."""
+    whole = mode in ("bf16", "static")
+    parts: dict[str, Part] = {"h": ((tokens, intermediate), torch.bfloat16 if whole else torch.float32)}
+    parts["values"] = (tokens, hidden), torch.bfloat16
+    if not whole:
+        parts["h_values"] = (tokens, intermediate), torch.bfloat16
+        parts["scale"] = (tokens,), torch.float32
+        parts["partials"] = (_ENTER_THREADS,), torch.int32
+    return parts
+
+
+def run_half(
+    values: Tensor,
+    packed: Tensor,
+    rows: int,
+    weight_scales: Tensor,
+    out: Tensor,
+    config: GemmConfig,
+    *,
+    gate_up: bool,
+    limit: float = 0.0,
+    token_scales: Tensor | None = None,
+    hidden_scale: Tensor | None = None,
+    per_token: bool = False,
+) -> None:
+    """One GEMM of the layer with what follows it; gemm.cu says what is computed.
+
+    Args:
+        values: (T, K) bf16, aligned to 16 bytes.
+        packed: `rows` packed weight rows of K columns.
+        weight_scales: (2,) fp32 of gate and up, or (1,) of down.
+        out: (T, rows / 2) or (T, rows), aligned to 4 bytes.
+        token_scales: () or (T,) fp32, the activations' scale; None is 1.
+        hidden_scale: () fp32: h is quantised to NVFP4 values with it; None leaves it as `out.dtype` holds it.
+        per_token: token_scales has one scale per token.
+    """
+    tokens, columns = values.shape
+    out_kind = _NVFP4 if hidden_scale is not None else _OUT[out.dtype]
+    kernel = _gemm_kernel(config, gate_up, out_kind, values.device)
+    chunks = -(-columns // COLUMNS)
+    arguments = struct.pack(
+        "<128s128s4Q4if12x",
+        _weight_map(packed.data_ptr(), rows // ROWS, chunks, config.rows // ROWS, config.stage_chunks),
+        _activation_map(values.data_ptr(), tokens, columns, config.tokens),
+        weight_scales.data_ptr(),
+        0 if token_scales is None else token_scales.data_ptr(),
+        0 if hidden_scale is None else hidden_scale.data_ptr(),
+        out.data_ptr(),
+        int(per_token),
+        tokens,
+        rows,
+        chunks,
+        limit,
+    )
+    tiles = -(-rows // config.rows) * -(-tokens // config.tokens)
+    if config.parts == 1:
+        tiles = min(tiles, target_of(values.device).multiprocessors or 1)
+    _launch(kernel, tiles * config.split, config, arguments, torch.cuda.current_stream(values.device).cuda_stream)
+
+
+def prepare(problem: Problem, device: torch.device, max_tokens: int) -> None:
+    """Compile and load what `shared_expert` runs for bf16 hidden states, up to a number of tokens."""
+    modes = {"nvfp4": ("static", "dynamic", "per_token"), "bf16": ("bf16",)}[problem.activations]
+    gemms = []
+    for tokens in token_ranges(max_tokens):
+        first, second = choose(problem.hidden, problem.intermediate, tokens, problem.target)
+        for mode in modes:
+            h = {"bf16": _BF16, "static": _NVFP4}.get(mode, _OUT[torch.float32])
+            gemms += [(first, True, h), (second, False, _BF16)]
+    compile_all(("gemm.cu", macros_of(*gemm)) for gemm in gemms)
+    for gemm in gemms:
+        _gemm_kernel(*gemm, device)
+    for mode in modes:
+        if mode != "bf16":
+            for dtype in {torch.bfloat16, torch.bfloat16 if mode == "static" else torch.float32}:
+                _enter_kernel("enter_nvfp4", mode, dtype, device)
+                if mode == "dynamic":
+                    _enter_kernel("amax_partials", mode, dtype, device)
+
+
+def _enter(x: Tensor, mode: str, scale: Tensor | None, values: Tensor, partials: Tensor | None) -> None:
+    """x (T, K) to NVFP4 values (T, K) bf16; scale is read (static) or written."""
+    if mode == "dynamic":
+        kernel = _enter_kernel("amax_partials", mode, x.dtype, x.device)
+        launch_kernel(kernel, (_ENTER_THREADS,), _ENTER_THREADS, x, np.int64(x.numel() // BLOCK_SIZE), partials)
+    kernel = _enter_kernel("enter_nvfp4", mode, x.dtype, x.device)
+    given, made = (scale, None) if mode == "static" else (None, scale)
+    launch_kernel(kernel, (x.shape[0],), _ENTER_THREADS, x, np.int32(x.shape[1]), given, partials, made, values)
+
+
+def _enter_kernel(name: str, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
+    return load_kernel(name, "enter.cu", (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _OUT[dtype])), device)
+
+
+def _gemm_kernel(config: GemmConfig, gate_up: bool, out: int, device: torch.device) -> Any:
+    return load_kernel("shared_expert_gemm", "gemm.cu", macros_of(config, gate_up, out), device, config.shared_bytes)
+
+
+def macros_of(config: GemmConfig, gate_up: bool, out: int = _BF16) -> tuple[tuple[str, int], ...]:
+    """What gemm.cu is compiled with, for a result of bf16 or of another kind."""
+    return (
+        ("GATE_UP", int(gate_up)),
+        ("ROW_GROUPS", config.row_groups),
+        ("COLUMN_GROUPS", config.column_groups),
+        ("TOKENS", config.tokens),
+        ("SPLIT", config.split),
+        ("STAGES", config.stages),
+        ("REGISTERS", config.registers),
+        ("SHARED_BYTES", config.shared_bytes),
+        ("OUT", out),
+    )
+
+
+def _launch(kernel: Any, blocks: int, config: GemmConfig, arguments: bytes, stream: int) -> None:
+    """Launch with one argument, a structure; may begin before the launch in front of it has ended."""
+    from cuda.bindings import driver
+
+    launch = driver.CUlaunchConfig()
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = blocks, 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = config.threads, 1, 1
+    launch.sharedMemBytes, launch.hStream = config.shared_bytes, stream
+    early, together = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    together.value.clusterDim.x, together.value.clusterDim.y, together.value.clusterDim.z = config.split, 1, 1
+    launch.attrs, launch.numAttrs = [early, together], 2
+    structure = ctypes.create_string_buffer(arguments, len(arguments))
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
+    (status,) = driver.cuLaunchKernelEx(launch, driver.CUfunction(int(kernel.handle)), ctypes.addressof(pointers), 0)
+    _check(status, "cuLaunchKernelEx")
+
+
+@functools.lru_cache(maxsize=4096)
+def _weight_map(address: int, tiles: int, chunks: int, box_tiles: int, box_chunks: int) -> bytes:
+    """(tiles, chunks, 144) 32-bit words of packed fragments, a box of box_tiles x box_chunks."""
+    from cuda.bindings import driver
+
+    words, kind = CHUNK_BYTES // 4, driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT32
+    none = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_NONE
+    strides = (CHUNK_BYTES, chunks * CHUNK_BYTES)
+    return _tensor_map(kind, address, (words, chunks, tiles), strides, (words, box_chunks, box_tiles), none)
+
+
+@functools.lru_cache(maxsize=4096)
+def _activation_map(address: int, tokens: int, columns: int, box_tokens: int) -> bytes:
+    """(tokens, columns) bf16, a box of box_tokens rows of 64 columns as wgmma wants it; zeros outside."""
+    from cuda.bindings import driver
+
+    kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
+    return _tensor_map(kind, address, (columns, tokens), (2 * columns,), (COLUMNS, box_tokens), swizzle)
+
+
+def _tensor_map(
+    kind: Any, address: int, sizes: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: Any
+) -> bytes:
+    """The 128 bytes that describe a tensor to the copy engine; sizes and box in elements, strides in bytes."""
+    from cuda.bindings import driver
+
+    status, made = driver.cuTensorMapEncodeTiled(
+        kind,
+        len(sizes),
+        address,
+        [driver.cuuint64_t(size) for size in sizes],
+        [driver.cuuint64_t(stride) for stride in strides],
+        [driver.cuuint32_t(length) for length in box],
+        [driver.cuuint32_t(1)] * len(sizes),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    _check(status, f"cuTensorMapEncodeTiled of {sizes}")
+    return ctypes.string_at(made.getPtr(), 128)
+
+
+def _check(status: Any, what: str) -> None:
+    if int(status):
+        raise UnsupportedError(what, "must succeed", status, "report it, and use backend='torch' meanwhile")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layer that `tune` times, without a GPU: its halves get the right weights, scales and shapes, and make a chain."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from nvfp4_experts.diagnostics.bench.timing import ClockTimer
+from nvfp4_experts.diagnostics.bench.work import find_work
+from nvfp4_experts.diagnostics.metrics import rel_l2
+from nvfp4_experts.diagnostics.tune import halves, search
+from nvfp4_experts.formats.codes import decode_blocks
+from nvfp4_experts.kernels import reference
+from nvfp4_experts.kernels.sm90 import gemm
+from nvfp4_experts.kernels.sm90.config import GemmConfig
+from nvfp4_experts.layouts.fragments import unpack_fragments
+from nvfp4_experts.layouts.weights import deinterleave_rows
+
+CONFIG = GemmConfig(2, 32, 1, 1)
+
+
+def run_half(
+    values: Tensor,
+    packed: Tensor,
+    rows: int,
+    weight_scales: Tensor,
+    out: Tensor,
+    config: GemmConfig,
+    *,
+    gate_up: bool,
+    limit: float = 0.0,
+) -> None:
+    """What gemm.cu computes, from the packed bytes, in fp32."""
+    weights = decode_blocks(*unpack_fragments(packed, rows, values.shape[1]), torch.float32)
+    if gate_up:
+        gate, up = (
+            values.float() @ w.T * scale for w, scale in zip(deinterleave_rows(weights), weight_scales, strict=True)
+        )
+        out.copy_(reference.swiglu(gate, up, limit))
+    else:
+        out.copy_(values.float() @ weights.T * weight_scales)
+
+
+@pytest.fixture
+def layer(monkeypatch: pytest.MonkeyPatch) -> halves.Layer:
+    monkeypatch.setattr(gemm, "run_half", run_half)
+    monkeypatch.setattr(halves, "GraphTimer", ClockTimer)
+    monkeypatch.setattr(halves, "rotation_bytes", lambda device: 50_000)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return halves.Layer(find_work("128x96"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("gate_up", [True, False])
+def test_a_half_is_the_reference(layer: halves.Layer, gate_up: bool) -> None:
+    result, truth = layer.result(gate_up, 5, CONFIG), layer.truth(gate_up, 5)
+    assert result.shape == truth.shape == (5, 96 if gate_up else 128)
+    assert 0 < rel_l2(result, truth) < search.REFERENCE_BOUND
+    assert torch.equal(result, layer.result(gate_up, 5, CONFIG))
+
+
+def test_timers_go_over_copies_of_their_own(layer: halves.Layer) -> None:
+    assert len(layer._copies) == 3  # 23,040 bytes of weights each, with K padded to 64
+    assert len({w.data_ptr() for copy in layer._copies for w in copy}) == sum(map(len, layer._copies))
+    assert layer.half_timer(True, 4, CONFIG).sample() > 0
+    pair = layer.pair_timer(4, CONFIG, CONFIG)
+    assert pair.sample() > 0
+    chained = pair.outputs()[0]
+    assert chained.shape == (4, 128) and 0.3 < float(chained.float().square().mean().sqrt()) < 3
