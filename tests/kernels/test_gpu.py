@@ -122,7 +122,7 @@ def test_memory_is_the_packed_weights_and_scratch_that_layers_share(activations:
     second = make((4096, 2048), (activations, "dynamic"), "auto")
     assert torch.cuda.memory_allocated() - before <= 0.5625 * 1.02 * values
     if first.backend != "torch":
-        assert scratch_bytes(device) == scratch > 0
+        assert scratch_bytes(device) == scratch == second.scratch_bytes > 0
     del second
 
 
@@ -145,6 +145,20 @@ def test_forward_allocates_nothing_but_its_result(mode: tuple[str, str], tokens:
     y = expert(x)
     assert allocations() == before + 1
     assert torch.equal(y, out)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m[1] != "static"], ids=str)  # whose scale of h saturates here
+def test_no_limit_is_no_limit(mode: tuple[str, str]) -> None:
+    expert = make((256, 256), mode, "auto")
+    expert.swiglu_limit = 0.0
+    for tokens in (3, 40):
+        x = torch.randn(tokens, 256, generator=torch.Generator().manual_seed(tokens)) * 40
+        scales = {"input_scale": torch.tensor(INPUT_SCALE), "hidden_scale": torch.tensor(HIDDEN_SCALE)}
+        modes = {"activations": mode[0], "activation_scale": mode[1]}
+        expected = reference.shared_expert(x, *weights_of((256, 256)), swiglu_limit=0.0, **modes, **scales).double()
+        limited = reference.shared_expert(x, *weights_of((256, 256)), swiglu_limit=10.0, **modes, **scales).double()
+        bound = against_reference(mode[0], expert.backend, tokens * 256) * expected.norm()
+        assert (expert(x.cuda()).cpu().double() - expected).norm() <= bound < (limited - expected).norm() / 4
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import shutil
@@ -50,6 +51,25 @@ class Built:
     error: str | None
 
 
+def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]]) -> None:
+    """`Backend.prepare` of every activation format, with `calls` in the place of what needs a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (backend, gemm, fp8):
+            patch.setattr(module, "load_kernel", calls["load_kernel"])
+        for module, name in (
+            (backend, "compile_all"),
+            (gemm, "compile_all"),
+            (backend, "reserve"),
+            (backend, "counters"),
+        ):
+            patch.setattr(module, name, calls.get(name, lambda *_: None))
+        patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "synchronize", calls.get("synchronize", lambda *_: None))
+        for activations in ACTIVATIONS:
+            problem = Problem(hidden, intermediate, activations, HOPPER)
+            backend.BACKEND.prepare(problem, torch.device("cpu"), 8192)
+
+
 @functools.cache
 def kernels_of(hidden: int, intermediate: int) -> frozenset[Kernel]:
     """What the backend loads before its first call with a layer of that size, in any activation format."""
@@ -58,23 +78,7 @@ def kernels_of(hidden: int, intermediate: int) -> frozenset[Kernel]:
     def record(name: str, file: str, macros: tuple[tuple[str, int], ...], *_: object) -> None:
         found.add(Kernel(name, file, macros))
 
-    def nothing(*_: object) -> None:
-        pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (backend, gemm, fp8):
-            patch.setattr(module, "load_kernel", record)
-        for module, name in (
-            (backend, "compile_all"),
-            (gemm, "compile_all"),
-            (backend, "reserve"),
-            (backend, "counters"),
-        ):
-            patch.setattr(module, name, nothing)
-        patch.setattr(torch.cuda, "synchronize", nothing)
-        for activations in ACTIVATIONS:
-            problem = Problem(hidden, intermediate, activations, HOPPER)
-            backend.BACKEND.prepare(problem, torch.device("cpu"), 8192)
+    prepare(hidden, intermediate, {"load_kernel": record})
     return frozenset(found)
 
 
@@ -152,6 +156,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Kernel, Built]:
     with ThreadPoolExecutor(WORKERS) as pool:
         made = pool.map(compile_one, [folder / str(i) for i in range(len(kernels))], kernels)
         return dict(zip(kernels, made, strict=True))
+
+
+def test_building_a_layer_waits_for_the_device_last() -> None:
+    """Launches read weights before they wait for what runs in front of them, so packing must have ended."""
+    order: list[str] = []
+    names = ("load_kernel", "compile_all", "reserve", "counters", "synchronize")
+    prepare(*RAGGED, {name: lambda *_, name=name: order.append(name) for name in names})
+    assert order.count("synchronize") == len(ACTIVATIONS) and order[-1] == "synchronize"
 
 
 def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +57,11 @@ class Call:
     input_scale: Tensor | None = None
     hidden_scale: Tensor | None = None
 
+    @property
+    def clamp(self) -> float:
+        """What gate and up are clamped to: L, or infinity where that is off."""
+        return self.swiglu_limit if self.swiglu_limit > 0 else math.inf
+
 
 class Backend(Protocol):
     """What a backend module's `BACKEND` provides; `reference.py` says what `shared_expert` computes."""
@@ -73,6 +79,9 @@ class Backend(Protocol):
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Do what the first call would otherwise have to: compile, load, allocate. Nothing is left for a capture."""
+
+    def scratch_bytes(self, device: torch.device) -> int:
+        """Bytes that calls on a device keep beside weights, shared by all layers there."""
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H) of the same dtype."""

@@ -17,8 +17,8 @@ scales (activation's and weight's) multiply the fp32 sum, never the operands:
 | "fp8"       | e4m3 of x, one scale per token      | e4m3 of (e2m1 * block scale),      | row scale * global    |
 |             |                                     | one scale per output row           |                       |
 
-Backends may differ from this file in the order of the sum over k and in nothing else. No kernel calls this file and
-it calls no kernel.
+Backends may differ from this file in the order of the sum over k and in nothing else, but for "fp8" on sm90
+(sm90/fp8.py). No kernel calls this file and it calls no kernel.
 """
 
 from __future__ import annotations

@@ -235,6 +235,11 @@ class Nvfp4SharedExpert(nn.Module):
         """Bytes of packed weights this module keeps on its device."""
         return sum(w.nbytes for w in self._weights())
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that calls keep on the device beside weights: one block a stream, shared by all layers there."""
+        return get_backend(self.backend).scratch_bytes(self._weights()[0].device)
+
     # -- inside --------------------------------------------------------------------------------------------------
 
     def _set_activations(self, activations: str, activation_scale: str, device: torch.device) -> None:

@@ -97,6 +97,6 @@ class Layer:
         packed, scales = weights[:2] if gate_up else weights[3:5]
         columns = self._work.intermediate if gate_up else self._work.hidden
         out = torch.empty(values.shape[0], columns, dtype=torch.bfloat16, device=self._device)
-        rows, limit = (2 * columns, SWIGLU_LIMIT) if gate_up else (columns, 0.0)
-        gemm.run_half(values, packed, rows, scales, out, config, gate_up=gate_up, limit=limit)
+        rows = 2 * columns if gate_up else columns
+        gemm.run_half(values, packed, rows, scales, out, config, gate_up=gate_up, limit=SWIGLU_LIMIT)
         return out

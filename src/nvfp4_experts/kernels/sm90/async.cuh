@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Hopper's asynchronous machinery, one name an instruction: mbarriers, the copy engine, clusters, warpgroup mma.
 
-typedef u32 Address;  // in this block's shared memory; worked out once, since generic pointers cost instructions in a loop
+// In this block's shared memory; worked out once, since generic pointers cost instructions in a loop.
+typedef u32 Address;
 
 __device__ __forceinline__ Address shared_address(const void* p) { return (Address)__cvta_generic_to_shared(p); }
 
@@ -102,8 +103,8 @@ __device__ __forceinline__ u32 cluster_rank() {
     return rank;
 }
 
-// All threads of the cluster that have not ended. It orders no memory: it says that barriers exist, or that nobody reads a
-// ring any more.
+// All threads of the cluster that have not ended. It orders no memory: it says that barriers exist, or that nobody reads
+// a ring any more.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
@@ -126,8 +127,8 @@ __device__ __forceinline__ void mma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// The lower word of the descriptor of B: a row of 64 bf16 (128 bytes) per column of B, rows swizzled in groups of 8 as the
-// copy engine's 128-byte mode leaves them. Two more per 16 rows of K. The upper word is the same for all.
+// The lower word of the descriptor of B: a row of 64 bf16 (128 bytes) per column of B, rows swizzled in groups of 8 as
+// the copy engine's 128-byte mode leaves them. Two more per 16 rows of K. The upper word is the same for all.
 __device__ __forceinline__ u32 mma_operand(Address tile) { return (tile >> 4 & 0x3FFF) | 1u << 16; }
 #define MMA_OPERAND_HIGH "0x40000040"  // 128-byte swizzle, 1024 bytes from 8 rows to the next
 

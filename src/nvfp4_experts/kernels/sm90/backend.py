@@ -31,7 +31,7 @@ from ..target import target_of
 from . import fp8, gemm
 from .choice import DECODE_LIMIT, decode_limit
 from .compile import compile_all, current_stream, load_kernel
-from .workspace import Part, bytes_of, carve, counters, reserve
+from .workspace import Part, bytes_of, carve, counters, reserve, scratch_bytes
 
 STAGES = 6
 _THREADS = 640
@@ -78,21 +78,25 @@ class Sm90Backend:
         Waits for the device at the end: launches read weights before they wait for what runs in front of them, so
         nothing that writes weights may still be on its way.
         """
-        if problem.activations == "fp8":
-            fp8.prepare(problem, device)
-            reserve(device, bytes_of(fp8.scratch(problem.hidden, problem.intermediate, max_tokens, torch.bfloat16)))
-        else:
-            modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
-            sizes = problem.hidden, problem.intermediate
-            compile_all(("decode.cu", _decode_macros(*sizes, mode, torch.bfloat16)) for mode in modes)
-            for mode in modes:
-                _decode_kernel(*sizes, mode, torch.bfloat16, device)
-                reserve(device, bytes_of([_hidden_states(DECODE_LIMIT, problem.intermediate)]))
-                layout = gemm.scratch(mode, *sizes, max_tokens)
-                reserve(device, bytes_of(list(layout.values())))
-            gemm.prepare(problem, device, max_tokens)
-            counters(device, _blocks(problem.intermediate, device))
+        with torch.cuda.device(device):
+            if problem.activations == "fp8":
+                fp8.prepare(problem, device)
+                reserve(device, bytes_of(fp8.scratch(problem.hidden, problem.intermediate, max_tokens, torch.bfloat16)))
+            else:
+                modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
+                sizes = problem.hidden, problem.intermediate
+                compile_all(("decode.cu", _decode_macros(*sizes, mode, torch.bfloat16)) for mode in modes)
+                for mode in modes:
+                    _decode_kernel(*sizes, mode, torch.bfloat16, device)
+                    reserve(device, bytes_of([_hidden_states(DECODE_LIMIT, problem.intermediate)]))
+                    layout = gemm.scratch(mode, *sizes, max_tokens)
+                    reserve(device, bytes_of(list(layout.values())))
+                gemm.prepare(problem, device, max_tokens)
+                counters(device, _blocks(problem.intermediate, device))
         torch.cuda.synchronize(device)
+
+    def scratch_bytes(self, device: torch.device) -> int:
+        return scratch_bytes(device)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         # Kernels load and store 16 bytes at a time; a view that begins elsewhere is rare enough to be copied.
@@ -104,12 +108,13 @@ class Sm90Backend:
             return
         # Rows are whole tiles of 16: N of a packed matrix follows from its size and K.
         size = weights[0].numel() // fragment_bytes(ROWS, x.shape[1]) * ROWS // 2
-        if call.activations == "fp8":
-            fp8.shared_expert(x, weights, call, size, out)
-        elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):
-            gemm.shared_expert(x, weights, call, size, out)
-        else:
-            decode(x, weights, call, size, out)
+        with torch.cuda.device(x.device):  # launches go to the current device
+            if call.activations == "fp8":
+                fp8.shared_expert(x, weights, call, size, out)
+            elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):
+                gemm.shared_expert(x, weights, call, size, out)
+            else:
+                decode(x, weights, call, size, out)
 
 
 def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
@@ -138,7 +143,7 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
         *(weights[index].data_ptr() for index in (0, 1, 3, 4)),
         0 if call.input_scale is None else call.input_scale.data_ptr(),
         0 if call.hidden_scale is None else call.hidden_scale.data_ptr(),
-        np.float32(call.swiglu_limit),
+        np.float32(call.clamp),
         hidden_states.data_ptr(),
         counters(x.device, blocks).current().data_ptr(),
         out.data_ptr(),

@@ -73,24 +73,10 @@ struct Fragment {
 
 // From 16 consecutive columns in each lane of four to fragments: lane c gives its words to the lanes that multiply them.
 __device__ __forceinline__ void exchange(Fragment& fragment) {
-    const int c = threadIdx.x % 4;
-    u32 halves[2][4];  // transposed: halves[second][j] is word c of lane j's first or second 8 columns
+    u32 halves[2][4];  // words of the first and of the second 8 columns
 #pragma unroll
-    for (int second = 0; second < 2; second++) {
-        u32(&v)[4] = halves[second];
-#pragma unroll
-        for (int j = 0; j < 4; j++) v[j] = fragment.b[4 * second + j];
-#pragma unroll
-        for (int bit = 1; bit < 4; bit *= 2) {
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (j & bit) continue;
-                const u32 got = __shfl_xor_sync(~0u, c & bit ? v[j] : v[j | bit], bit);
-                v[j] = c & bit ? got : v[j];
-                v[j | bit] = c & bit ? v[j | bit] : got;
-            }
-        }
-    }
+    for (int i = 0; i < 8; i++) halves[i / 4][i % 4] = fragment.b[i];
+    transpose_quad(halves[0]), transpose_quad(halves[1]);
 #pragma unroll
     for (int j = 0; j < 4; j++) fragment.b[2 * j] = halves[0][j], fragment.b[2 * j + 1] = halves[1][j];
 }

@@ -41,19 +41,6 @@ struct RowOfX {
     }
 };
 
-// limit: L, infinity for none. NaN passes, as in torch.clamp. Unlike `swiglu`, with the hardware's exponential and
-// reciprocal: 2^-22 off each, and the exponential by the |gate| * 2^-24 of its rounded argument, where the e4m3 that
-// follows is off by 2^-5. The exact ones would take as long as the memory does.
-__device__ __forceinline__ float fast_swiglu(float gate, float up, float limit) {
-    float power, sigmoid;
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(gate) : "f"(limit));
-    asm("min.NaN.f32 %0, %0, %1;" : "+f"(up) : "f"(limit));
-    asm("max.NaN.f32 %0, %0, %1;" : "+f"(up) : "f"(-limit));
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(gate * -1.44269504f));
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(sigmoid) : "f"(1.0f + power));
-    return gate * sigmoid * up;
-}
-
 struct RowOfH {
     const BFloat16 *gate, *up;
     float limit;
@@ -72,7 +59,7 @@ struct RowOfH {
         Eight v;
 #pragma unroll
         for (int i = 0; i < 8; i++)
-            v.value[i] = fast_swiglu(to_float(loaded.element[i]), to_float(loaded.element[i + 8]), limit);
+            v.value[i] = swiglu(to_float(loaded.element[i]), to_float(loaded.element[i + 8]), limit);
         return v;
     }
 };

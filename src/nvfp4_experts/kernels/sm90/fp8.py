@@ -67,7 +67,7 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
         else:  # gate's columns and up's are no neighbours in the result
             _multiply(values, scales, w[:count], w_scales[:count], sums[:, start:stop])
             _multiply(values, scales, w[count:], w_scales[count:], sums[:, size + start : size + stop])
-    swiglu_quantize(sums, call.swiglu_limit, h, h_scales)
+    swiglu_quantize(sums, call.clamp, h, h_scales)
     for start, stop in _tiles(hidden, size):
         count = stop - start
         w, w_scales = decoded[: count * size].view(count, size), row_scales[:count]
@@ -102,10 +102,10 @@ def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
 
 
 def swiglu_quantize(gate_up: Tensor, limit: float, h: Tensor, scales: Tensor) -> None:
-    """gate_up (T, 2I) bf16, gate's columns and then up's, to h (T, I) e4m3 and scales (T, 1) fp32; limit 0 is off."""
+    """gate_up (T, 2I) bf16, gate's then up's columns, to h (T, I) e4m3 and scales (T, 1) fp32; infinity is no limit."""
     tokens, columns = h.shape
     kernel = _kernel("swiglu_quantize", h.device)
-    sizes = np.int32(columns), np.float32(limit if limit > 0 else np.inf)
+    sizes = np.int32(columns), np.float32(limit)
     launch_kernel(kernel, (tokens,), _threads(columns), gate_up, *sizes, h, scales)
 
 

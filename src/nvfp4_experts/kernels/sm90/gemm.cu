@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Packed NVFP4 weights times bf16 activations on Hopper's tensor cores, for 9 tokens and more: one half of the layer a launch.
+// Packed NVFP4 weights times bf16 activations on Hopper's tensor cores, for 9 tokens and more: half of the layer a launch.
 //
 //   GATE_UP   h = silu(min(gate, L)) * clamp(up, -L, L), gate and up = x @ W1.T, x @ W3.T       never more than I columns
 //   DOWN      y = h @ W2.T
@@ -14,11 +14,12 @@
 // these PARTS meet in distributed shared memory, where each part adds all of them, in order, for its share of the tokens.
 // With one part blocks are persistent. A token's result depends on PARTS and on nothing else of the batch.
 //
-// Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 110
-// instructions for 16 rows x 64 columns, 60 of them on the pipe that takes one every other cycle, whatever TOKENS is.
+// Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 83
+// instructions for 16 rows x 64 columns, 45 of them on the pipe that takes one every other cycle, whatever TOKENS is.
 //
-// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a consumer thread),
-//   SHARED_BYTES (of the launch) and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16, quantised with a static scale.
+// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a consumer
+//   thread), SHARED_BYTES (of the launch) and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16, quantised
+//   with a static scale.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -34,8 +35,10 @@ constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUP
 constexpr int ROWS = 64 * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
 constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES, TOKEN_BYTES = TOKENS * 128;  // of a chunk
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;               // of 64 columns; of 8 tokens
-constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // of them, that a part finishes, at most
+constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // that a part finishes, at most
+#if OUT == NVFP4
 constexpr int AMAX_GROUPS = SHARE < 8 ? SHARE : 8;  // of SHARE, that warps exchange the largest values of at a time
+#endif
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
 __device__ constexpr int part_of(int group) {
     int part = 0;
@@ -105,16 +108,18 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
                                          Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
     const int lane = threadIdx.x % 32;
     const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
-    const Address codes_at = shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
+    const Address weights =
+        shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
     const u32 operand = mma_operand(shared_address(shared.activations[0][2 * column_group]));
     u32 first[4][4], second[4][4];
     u32 before = 0;
     for (int i = 0; i < steps; i++) {
-        const Address from = codes_at + ring.slot * (STAGE_CHUNKS * WEIGHT_BYTES);
+        const Address from = weights + ring.slot * (STAGE_CHUNKS * WEIGHT_BYTES);
         const u32 b = operand + ring.slot * (STAGE_CHUNKS * TOKEN_BYTES / 16);
         barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
-        const uint4 codes = load_16(from + lane * 16), more_codes = load_16(from + CHUNK_BYTES + lane * 16);
-        const uint2 scales = load_8(from + CODE_BYTES + lane / 4 * 8), more_scales = load_8(from + CHUNK_BYTES + CODE_BYTES + lane / 4 * 8);
+        const Address codes_of_lane = from + lane * 16, scales_of_lane = from + CODE_BYTES + lane / 4 * 8;
+        const uint4 codes = load_16(codes_of_lane), more_codes = load_16(codes_of_lane + CHUNK_BYTES);
+        const uint2 scales = load_8(scales_of_lane), more_scales = load_8(scales_of_lane + CHUNK_BYTES);
         decode_chunk(codes, scales, first);
         mma_fence();
 #pragma unroll
@@ -140,18 +145,29 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
 // Sends every group of tokens to the part that finishes it; returns the whole sums of this part's share.
 __device__ __forceinline__ void exchange(int part, Shared& shared, const float (&sums)[TOKENS / 2], float (&whole)[SHARE * 4]) {
     const int place = threadIdx.x % (ROW_WARPS * 32), share = part % COLUMN_GROUPS * SHARE;
+    // The ring is not used again: the sums lie in its place.
+#if SPLIT > 1
     const Address summed = shared_address(&shared.summed);
-    if (SPLIT > 1)
-        cluster_sync();  // the ring is not used again; the sums lie in its place
-    else
-        sync_threads(1, CONSUMERS * 32);
+    cluster_sync();
+#else
+    sync_threads(1, CONSUMERS * 32);
+#endif
 #pragma unroll
     for (int i = 0; i < GROUPS; i++) {
         const int to = part_of(i);
-        const Address at = shared_address(&shared.sums[part][to % COLUMN_GROUPS * SHARE + i - first_group(to)][place]);
-        send(at, to / COLUMN_GROUPS, summed, make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]));
+        float4* at = &shared.sums[part][to % COLUMN_GROUPS * SHARE + i - first_group(to)][place];
+        const float4 v = make_float4(sums[4 * i], sums[4 * i + 1], sums[4 * i + 2], sums[4 * i + 3]);
+#if SPLIT > 1
+        send(shared_address(at), to / COLUMN_GROUPS, summed, v);
+#else
+        *at = v;
+#endif
     }
+#if SPLIT > 1
     barrier_wait(summed, 0);
+#else
+    sync_threads(1, CONSUMERS * 32);
+#endif
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
         float4 sum = shared.sums[0][share + i][place];
@@ -268,10 +284,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
             barrier_init(full + i * BARRIER_BYTES, 2);  // a producer each
             barrier_init(empty + i * BARRIER_BYTES, CONSUMERS);
         }
+#if SPLIT > 1
         barrier_init(shared_address(&shared.summed), 1);
+#endif
         barriers_are_made();
+#if SPLIT > 1
         const int groups = first_group((split + 1) * COLUMN_GROUPS) - first_group(split * COLUMN_GROUPS);
         barrier_expect(shared_address(&shared.summed), PARTS * groups * ROW_WARPS * 32 * sizeof(float4));
+#endif
     }
     if (SPLIT > 1)
         cluster_sync();

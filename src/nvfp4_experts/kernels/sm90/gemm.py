@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import struct
 from typing import Any
 
@@ -62,7 +63,7 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
         h,
         first,
         gate_up=True,
-        limit=call.swiglu_limit,
+        limit=call.clamp,
         token_scales=scale,
         hidden_scale=call.hidden_scale if mode == "static" else None,
         per_token=mode == "per_token",
@@ -106,7 +107,7 @@ def run_half(
     config: GemmConfig,
     *,
     gate_up: bool,
-    limit: float = 0.0,
+    limit: float = math.inf,
     token_scales: Tensor | None = None,
     hidden_scale: Tensor | None = None,
     per_token: bool = False,
@@ -118,6 +119,7 @@ def run_half(
         packed: `rows` packed weight rows of K columns.
         weight_scales: (2,) fp32 of gate and up, or (1,) of down.
         out: (T, rows / 2) or (T, rows), aligned to 4 bytes.
+        limit: L of the clamp, for gate_up; infinity is off.
         token_scales: () or (T,) fp32, the activations' scale; None is 1.
         hidden_scale: () fp32: h is quantised to NVFP4 values with it; None leaves it as `out.dtype` holds it.
         per_token: token_scales has one scale per token.

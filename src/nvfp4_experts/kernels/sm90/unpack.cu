@@ -14,22 +14,6 @@
 
 constexpr int COLUMNS = 64, CHUNKS_OF_WARP = 2, THREADS = 256;
 
-// Word j of lane c of a quad goes to word c of lane j.
-__device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
-#pragma unroll
-    for (int step = 1; step < 4; step *= 2) {
-        const bool keeps_upper = threadIdx.x & step;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            if (j & step) continue;
-            u32 &lower = words[j], &upper = words[j + step];
-            const u32 got = __shfl_xor_sync(~0u, keeps_upper ? lower : upper, step);
-            lower = keeps_upper ? got : lower;
-            upper = keeps_upper ? upper : got;
-        }
-    }
-}
-
 // e4m3 of the magnitudes 0, .5, 1, 1.5 (low) and 2, 3, 4, 6 (high), times a block scale and 448 / amax.
 struct Magnitudes {
     u32 low, high;
