@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every numeric bound of the test suite, with the sentence that derives it; never loosened to make a run pass.
+"""Every numeric bound of the test suite, with the sentence that derives it; never loosened to make a run pass: a bound
+changes with its derivation or not at all.
 
 All are relative L2: |got - want| / |want|.
 """

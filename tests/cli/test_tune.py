@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +54,16 @@ class FakeLayer:
 
     def __init__(self, work: Work, device: object = None) -> None:
         self.work = work
+        self.compiled: set[tuple[bool, GemmConfig]] = set()
+
+    def compile(self, gate_up: bool, configs: Iterable[GemmConfig]) -> None:
+        self.compiled.update((gate_up, config) for config in configs)
 
     def truth(self, gate_up: bool, tokens: int) -> Tensor:
         return torch.linspace(-1, 1, 64)
 
     def result(self, gate_up: bool, tokens: int, config: GemmConfig) -> Tensor:
+        assert (gate_up, config) in self.compiled  # several at a time: one by one, compiling takes longer than all else
         return self.truth(gate_up, tokens) * (1.002 if config in self.wrong else 1.0)
 
     def _seconds(self, gate_up: bool, tokens: int, config: GemmConfig) -> float:
@@ -247,7 +252,7 @@ def test_decode_stops_where_the_pair_is_faster() -> None:
 
 def test_candidates_are_the_current_one_and_the_near_best() -> None:
     problem = halves(4096, 2048, 16)[0]
-    odd = GemmConfig(1, 256, 1, 1)
+    odd = GemmConfig(1, 1, 256, 1)
     found = search.candidates(problem, 132, odd)
     assert found[0] == odd and len(found) == 1 + search.MOST
     best = choice.choose_by_rule(problem, 132)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -13,12 +15,13 @@ from nvfp4_experts.diagnostics.metrics import rel_l2
 from nvfp4_experts.diagnostics.tune import halves, search
 from nvfp4_experts.formats.codes import decode_blocks
 from nvfp4_experts.kernels import reference
-from nvfp4_experts.kernels.sm90 import gemm
+from nvfp4_experts.kernels.dispatch import Call
+from nvfp4_experts.kernels.sm90 import backend, gemm
 from nvfp4_experts.kernels.sm90.config import GemmConfig
 from nvfp4_experts.layouts.fragments import unpack_fragments
 from nvfp4_experts.layouts.weights import deinterleave_rows
 
-CONFIG = GemmConfig(2, 32, 1, 1)
+CONFIG = GemmConfig(2, 1, 32, 1)
 
 
 def run_half(
@@ -30,7 +33,7 @@ def run_half(
     config: GemmConfig,
     *,
     gate_up: bool,
-    limit: float = 0.0,
+    limit: float = math.inf,
 ) -> None:
     """What gemm.cu computes, from the packed bytes, in fp32."""
     weights = decode_blocks(*unpack_fragments(packed, rows, values.shape[1]), torch.float32)
@@ -43,9 +46,18 @@ def run_half(
         out.copy_(values.float() @ weights.T * weight_scales)
 
 
+def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
+    """What decode.cu computes, by the halves."""
+    gate_up, global_scales, _, down, down_global_scale, _ = weights
+    h = torch.empty(x.shape[0], size, dtype=torch.bfloat16)
+    run_half(x, gate_up, 2 * size, global_scales, h, CONFIG, gate_up=True, limit=call.swiglu_limit)
+    run_half(h, down, x.shape[1], down_global_scale, out, CONFIG, gate_up=False)
+
+
 @pytest.fixture
 def layer(monkeypatch: pytest.MonkeyPatch) -> halves.Layer:
     monkeypatch.setattr(gemm, "run_half", run_half)
+    monkeypatch.setattr(backend, "decode", decode)
     monkeypatch.setattr(halves, "GraphTimer", ClockTimer)
     monkeypatch.setattr(halves, "rotation_bytes", lambda device: 50_000)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
@@ -68,3 +80,24 @@ def test_timers_go_over_copies_of_their_own(layer: halves.Layer) -> None:
     assert pair.sample() > 0
     chained = pair.outputs()[0]
     assert chained.shape == (4, 128) and 0.3 < float(chained.float().square().mean().sqrt()) < 3
+
+
+def test_decode_goes_the_same_way_as_the_pair(layer: halves.Layer) -> None:
+    assert torch.equal(layer.decode_timer(4).outputs()[0], layer.pair_timer(4, CONFIG, CONFIG).outputs()[0])
+
+
+@pytest.mark.parametrize("gate_up", [True, False])
+def test_what_is_compiled_is_what_a_half_runs(
+    layer: halves.Layer, gate_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[tuple[str, dict[str, int]]] = []
+    monkeypatch.setattr(
+        halves, "compile_all", lambda sources: found.extend((file, dict(macros)) for file, macros in sources)
+    )
+    layer.compile(gate_up, (CONFIG, GemmConfig(1, 2, 64, 4)))
+    assert {file for file, _ in found} == {"gemm.cu"}
+    names = ("GATE_UP", "ROW_GROUPS", "COLUMN_GROUPS", "TOKENS", "SPLIT", "OUT")
+    assert [tuple(macros[name] for name in names) for _, macros in found] == [
+        (gate_up, 2, 1, 32, 1, 0),
+        (gate_up, 1, 2, 64, 4, 0),
+    ]

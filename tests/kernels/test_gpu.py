@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch import Tensor
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
 from nvfp4_experts.kernels.dispatch import ACTIVATIONS, BACKENDS, Problem, get_backend
+from nvfp4_experts.kernels.sm90 import gemm
 from nvfp4_experts.kernels.sm90.choice import TOKEN_LIMITS, decode_limit
+from nvfp4_experts.kernels.sm90.config import GemmConfig, GemmProblem, refusal
 from nvfp4_experts.kernels.sm90.workspace import scratch_bytes
 from nvfp4_experts.kernels.target import target_of
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
@@ -139,9 +142,9 @@ def test_forward_allocates_nothing_but_its_result(mode: tuple[str, str], tokens:
     def allocations() -> int:
         return torch.cuda.memory_stats()["allocation.all.allocated"]
 
-    before = allocations()
+    before, scratch = allocations(), expert.scratch_bytes
     expert(x, out=out)
-    assert allocations() == before
+    assert allocations() == before and expert.scratch_bytes == scratch
     y = expert(x)
     assert allocations() == before + 1
     assert torch.equal(y, out)
@@ -203,9 +206,11 @@ def test_the_fused_kernel_runs_on_many_streams_at_once() -> None:
         assert all(torch.equal(y, want_) for y in got)
 
 
-def test_graphs_replayed_at_once_do_not_meet() -> None:
-    expert = make((1024, 512), ("bf16", "dynamic"), "auto")
-    graphs, outs, x = [], [], torch.randn(4, 1024, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("mode", [("bf16", "dynamic"), ("fp8", "dynamic"), ("nvfp4", "per_token")], ids=str)
+@pytest.mark.parametrize("tokens", [4, 40, 300])
+def test_graphs_replayed_at_once_do_not_meet(mode: tuple[str, str], tokens: int) -> None:
+    expert = make((1024, 512), mode, "auto")
+    graphs, outs, x = [], [], torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
     expected = expert(x)
     for _ in range(3):
         graph, out = torch.cuda.CUDAGraph(), torch.empty_like(x)
@@ -226,11 +231,11 @@ def test_graphs_replayed_at_once_do_not_meet() -> None:
 @pytest.mark.parametrize("mode", ROW_APART, ids=str)
 def test_a_tokens_result_does_not_depend_on_the_batch(mode: tuple[str, str]) -> None:
     """Bit for bit within the token range of one kernel: alone or not, first or last; and run to run."""
-    expert = make((1024, 512), mode, "auto")
+    expert = make((4096, 2048), mode, "auto")  # whose table cuts K, in blocks and in clusters
     if expert.backend == "torch":
         pytest.skip("the vendor's GEMM chooses its order of summation by T")
-    x = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
-    decoded = decode_limit(1024, 512, target_of("cuda"))
+    x = torch.randn(512, 4096, device="cuda", dtype=torch.bfloat16)
+    decoded = decode_limit(4096, 2048, target_of("cuda"))
     limits = (0, decoded, *TOKEN_LIMITS)
     for begin, limit in itertools.pairwise(limits):
         if limit > 512 or limit <= begin:
@@ -240,6 +245,59 @@ def test_a_tokens_result_does_not_depend_on_the_batch(mode: tuple[str, str]) -> 
             assert torch.equal(expert(x[:tokens]), whole[:tokens]), tokens
             order = torch.randperm(limit, device="cuda")[:tokens]
             assert torch.equal(expert(x[order]), whole[order]), tokens
+
+
+def test_threads_on_one_stream_do_not_mix_their_scratch() -> None:
+    work = []
+    for mode in (("bf16", "dynamic"), ("fp8", "dynamic"), ("nvfp4", "per_token")):
+        expert = make((1024, 512), mode, "auto")
+        for tokens in (4, 9, 40, 300):
+            x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+            work.append((expert, x, expert(x)))
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(4) as pool:
+        for _, _, expected, got in pool.map(lambda job: (*job, job[0](job[1])), work * 25):
+            assert torch.equal(got, expected)
+
+
+# Every count of row and column groups, parts that do not divide the groups of tokens, clusters of two and four.
+CONFIGS = [
+    (1, 1, 32, 1),
+    (1, 3, 64, 1),
+    (1, 3, 128, 2),
+    (1, 1, 32, 4),
+    (1, 4, 32, 1),
+    (2, 2, 64, 1),
+    (1, 2, 128, 2),
+    (4, 1, 64, 1),
+]
+
+
+@pytest.mark.parametrize("parts", [*CONFIGS, (2, 1, 256, 1), (3, 1, 128, 2)], ids=str)
+@pytest.mark.parametrize("gate_up", [True, False])
+def test_every_kind_of_configuration(parts: tuple[int, ...], gate_up: bool) -> None:
+    """One half of the layer over ragged rows, columns and tokens; what is not written stays NaN and fails."""
+    if get_backend("sm90").refusal(Problem(1040, 1552, "bf16", target_of("cuda"))):
+        pytest.skip("needs a Hopper GPU")
+    config, (hidden, size) = GemmConfig(*parts), (1552, 1040)
+    gate, up, down = (w.to("cuda") for w in weights_of((hidden, size)))
+    packed = list(get_backend("sm90").pack(gate, up, down).values())
+    weights, scales = (packed[0], packed[1]) if gate_up else (packed[3], packed[4])
+    rows, columns = (2 * size, hidden) if gate_up else (hidden, size)
+    assert refusal(config, GemmProblem(rows, columns, 1)) is None
+    for tokens, dtype in ((9, torch.bfloat16), (70, torch.float32), (300, torch.float16)):
+        x = torch.randn(tokens, columns, device="cuda").bfloat16()
+        token_scales = torch.rand(tokens, device="cuda") + 0.5
+        out = torch.full((tokens, rows // 2 if gate_up else rows), torch.nan, device="cuda", dtype=dtype)
+        options = {"token_scales": token_scales, "per_token": True}
+        gemm.run_half(x, weights, rows, scales, out, config, gate_up=gate_up, limit=10.0, **options)
+        entered = x.double() * token_scales.double()[:, None]
+        if gate_up:
+            want = reference.swiglu(*(entered @ w.dequantize().double().T for w in (gate, up)), 10.0)
+        else:
+            want = entered @ down.dequantize().double().T
+        rounding = {torch.float32: 2.0**-14, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
+        assert (out.double() - want).norm() <= rounding * want.norm()
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])

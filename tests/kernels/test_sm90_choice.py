@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.errors import TableError, UnsupportedError
-from nvfp4_experts.kernels.sm90 import choice, config, table
+from nvfp4_experts.kernels.sm90 import choice, table
 from nvfp4_experts.kernels.sm90.choice import choose, choose_by_rule, cluster_slots, decode_limit, estimate
 from nvfp4_experts.kernels.sm90.config import GemmConfig, GemmProblem, config_is_legal, halves, legal_configs, refusal
-from nvfp4_experts.kernels.sm90.table import DECODE_LIMIT, TOKEN_LIMITS, load_table, table_text
+from nvfp4_experts.kernels.sm90.table import DECODE_LIMIT, TOKEN_LIMITS, load_table, table_text, token_ranges
 from nvfp4_experts.kernels.target import Target
 
 HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
@@ -44,37 +44,52 @@ def no_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_the_numbers_of_a_configuration() -> None:
-    made = GemmConfig(2, 128, 2, 1)
-    assert (made.threads, made.registers, made.rows, made.cluster) == (384, 232, 128, 2)
-    assert made.stage_bytes == 128 * 128 + 2 * 4 * 576 == 20992
-    assert made.stages == (232448 - 12288) // 20992 == 10
-    assert made.partial_bytes == 128 * 128 * 4
-    assert made.shared_bytes == 10 * 20992 + 12288
-    assert dataclasses.replace(made, split=1).partial_bytes == 0
-    assert GemmConfig(1, 32, 1, 1).stages == 12
-    assert str(made) == "2/128/2/1" and GemmConfig(*made.to_list()) == made
+    made = GemmConfig(2, 1, 128, 2)
+    assert (made.warpgroups, made.parts, made.threads, made.registers, made.rows) == (2, 2, 384, 232, 128)
+    assert made.stage_chunks == 2
+    assert made.stage_bytes == 2 * (128 * 128 + 2 * 4 * 576) == 41984
+    assert made.stages == (232448 - 8192) // 41984 == 5
+    assert made.sum_bytes == 2 * 64 * 128 * 4  # of both parts, 64 tokens each
+    assert made.shared_bytes == 5 * 41984 + 8192
+    assert str(made) == "2/1/128/2" and GemmConfig(*made.to_list()) == made
+    assert dataclasses.replace(made, split=1).sum_bytes == 0
+    assert GemmConfig(1, 1, 32, 1).stages == 6  # more would fit
 
 
-@pytest.mark.parametrize("warpgroups", config.WARPGROUPS)
-def test_registers_fit_those_of_an_sm(warpgroups: int) -> None:
-    """setmaxnreg gives to the warpgroups that multiply what the one that loads (40) gives up of the launch's share."""
-    made = GemmConfig(warpgroups, 32, 1, 1)
+def test_the_numbers_of_column_groups() -> None:
+    made = GemmConfig(1, 3, 128, 2)
+    assert (made.warpgroups, made.parts, made.threads, made.registers, made.rows) == (3, 6, 512, 152, 64)
+    assert made.stage_chunks == 6
+    assert made.stage_bytes == 6 * (128 * 128 + 4 * 576)
+    assert made.sum_bytes == 6 * 3 * 24 * 64 * 4  # of 6 parts, to each of 3: 16 groups of 8 tokens are 3 each at most
+    more = GemmConfig(4, 1, 256, 2)
+    assert more.shared_bytes == 2 * 128 * 256 * 4 + 8192 > more.stages * more.stage_bytes + 8192  # the sums need more
+
+
+@pytest.mark.parametrize(("warpgroups", "producer"), [(1, 40), (2, 40), (3, 40), (4, 32)])
+def test_registers_fit_those_of_an_sm(warpgroups: int, producer: int) -> None:
+    """setmaxnreg gives to the warpgroups that multiply what the one that loads gives up of the launch's share."""
+    made = GemmConfig(warpgroups, 1, 32, 1)
     share = 65536 // made.threads // 8 * 8
-    assert warpgroups * made.registers + 40 <= (warpgroups + 1) * min(share, 255)
+    assert warpgroups * made.registers + producer <= (warpgroups + 1) * min(share, 255)
     assert made.registers % 8 == 0
+    assert GemmConfig(1, warpgroups, 32, 1).registers == made.registers
 
 
 ILLEGAL = {
-    "warpgroups must be": (GemmConfig(5, 32, 1, 1), PRO),
-    "tokens must be": (GemmConfig(2, 48, 1, 1), PRO),
-    "split must be": (GemmConfig(2, 64, 3, 1), PRO),
-    "shared must be": (GemmConfig(2, 64, 1, 8), PRO),
-    "at most 8 blocks": (GemmConfig(2, 256, 8, 2), PRO),
-    "groups of 8 tokens": (GemmConfig(2, 32, 8, 1), PRO),
-    "registers must fit in the 104": (GemmConfig(4, 128, 1, 1), PRO),
-    "registers must fit in the 152": (GemmConfig(3, 256, 1, 1), PRO),
-    "too few for 4 parts": (GemmConfig(2, 64, 4, 1), GemmProblem(256, 192, 64)),
-    "bytes of partial sums": (GemmConfig(4, 256, 2, 1), PRO),
+    "row_groups must be": (GemmConfig(5, 1, 32, 1), PRO),
+    "column_groups must be": (GemmConfig(1, 0, 32, 1), PRO),
+    "tokens must be": (GemmConfig(2, 1, 48, 1), PRO),
+    "split must be": (GemmConfig(2, 1, 64, 3), PRO),
+    "at most 4 warpgroups, not 6": (GemmConfig(3, 2, 32, 1), PRO),
+    "4 groups of 8 tokens are too few for 8 parts": (GemmConfig(1, 2, 32, 4), PRO),
+    "4 groups of 8 tokens are too few for 6 parts": (GemmConfig(1, 3, 32, 2), PRO),
+    "2 stages of": (GemmConfig(1, 2, 256, 1), PRO),
+    "bytes of sums": (GemmConfig(4, 1, 256, 2), PRO),
+    "136 registers must fit in the 112": (GemmConfig(4, 1, 128, 1), PRO),
+    "200 registers must fit in the 152": (GemmConfig(3, 1, 256, 1), PRO),
+    "384 columns are 6 chunks": (GemmConfig(2, 1, 64, 4), GemmProblem(256, 384, 64)),
+    "256 columns are 4 chunks": (GemmConfig(1, 2, 64, 2), GemmProblem(256, 256, 64)),
 }
 
 
@@ -86,25 +101,30 @@ def test_each_rule_refuses_with_its_reason(reason: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "value", "made", "reason"),
+    ("made", "columns"),
     [
-        ("SHARED_BYTES", 120_000, GemmConfig(2, 256, 1, 1), "3 stages of"),
-        ("TOKENS", (16, 32), GemmConfig(2, 16, 1, 4), "by 8s among 4 blocks"),
+        ((4, 1, 64, 4), 7168),  # 4 warpgroups; 104 of 112 registers
+        ((3, 1, 128, 4), 7168),  # 136 of 152
+        ((2, 1, 256, 4), 7168),  # 200 of 232
+        ((2, 2, 32, 2), 7168),  # 4 parts of 4 groups of 8 tokens
+        ((1, 4, 64, 2), 7168),  # 8 of 8
+        ((1, 3, 128, 4), 7168),  # 2 stages that fill all there is
+        ((2, 1, 64, 4), 400),  # 4 stages, the last one of one chunk
+        ((1, 2, 64, 2), 272),  # 2 stages, the last one of one chunk for two warpgroups
+        ((1, 4, 32, 1), 16),  # one chunk for four
     ],
 )
-def test_rules_that_this_hardware_never_meets(
-    limit: str, value: Any, made: GemmConfig, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(config, limit, value)
-    assert reason in (refusal(made, PRO) or "")
+def test_neighbours_of_the_rules_are_legal(made: tuple[int, ...], columns: int) -> None:
+    assert refusal(GemmConfig(*made), GemmProblem(256, columns, 64)) is None
 
 
-def test_neighbours_of_the_rules_are_legal() -> None:
-    for made in ((4, 64, 8, 1), (3, 128, 4, 2), (2, 256, 2, 4), (1, 256, 8, 1), (2, 32, 4, 2)):
-        assert refusal(GemmConfig(*made), PRO) is None
-    assert refusal(GemmConfig(2, 64, 2, 1), GemmProblem(256, 80, 64)) is None
-    for made in legal_configs(PRO):
-        assert made.shared_bytes <= 232448 and made.stages >= 3 and made.partial_bytes + 12288 <= made.shared_bytes
+def test_what_is_legal_is_legal_in_every_number() -> None:
+    found = list(legal_configs(PRO))
+    assert found == sorted(set(found)) and {made.warpgroups for made in found} == {1, 2, 3, 4}
+    for made in found:
+        assert made.shared_bytes <= 232448 and made.stages >= 2 and made.tokens // 2 + 72 <= made.registers
+        assert max(made.stages * made.stage_bytes, made.sum_bytes) + 8192 <= made.shared_bytes
+        assert made.parts * 8 <= made.tokens
 
 
 # --- the rule -----------------------------------------------------------------------------------------------------
@@ -129,13 +149,13 @@ def test_the_rule_over_odd_multiples_of_16() -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_few_tokens_split_k_and_many_do_not(shape: str) -> None:
     for few, many in zip(halves(*SHAPES[shape], 16), halves(*SHAPES[shape], 8192), strict=True):
-        assert choose_by_rule(few, 132).split > 1
+        assert choose_by_rule(few, 132).parts > 1
         assert choose_by_rule(few, 132).tokens == 32
-        assert choose_by_rule(many, 132).split == 1
+        assert choose_by_rule(many, 132).parts == 1
         assert choose_by_rule(many, 132).tokens >= 128
 
 
-@pytest.mark.parametrize("made", [(2, 32, 4, 1), (3, 128, 1, 2), (2, 256, 1, 2)])
+@pytest.mark.parametrize("made", [(2, 1, 32, 4), (1, 2, 64, 1), (3, 1, 128, 1), (2, 1, 256, 1)])
 def test_the_estimate_grows_with_the_work(made: tuple[int, ...]) -> None:
     def at(tokens: int, rows: int = 6144) -> float:
         return estimate(GemmConfig(*made), GemmProblem(rows, 7168, tokens), 132)
@@ -153,17 +173,17 @@ def test_many_tokens_are_never_faster_than_the_tensor_cores() -> None:
     assert estimate(choose_by_rule(problem, 132), problem, 132) < 1.2 * least
 
 
-def test_equal_estimates_take_the_smaller_split(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_estimates_take_the_fewest_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = GemmProblem(6144, 7168, 63)
     monkeypatch.setattr(choice, "estimate", lambda *_: 1.0)
     choose_by_rule.cache_clear()
-    assert choose_by_rule(problem, 132) == GemmConfig(1, 32, 1, 1)
+    assert choose_by_rule(problem, 132) == GemmConfig(1, 1, 32, 1)
     choose_by_rule.cache_clear()
 
 
 def test_clusters_that_fit_a_hopper() -> None:
-    assert [cluster_slots(cluster, 132) for cluster in (1, 2, 4, 8)] == [132, 66, 32, 16]
-    assert all(cluster_slots(c, n) * c <= max(n, c) for c in (1, 2, 4, 8) for n in range(1, 200))
+    assert [cluster_slots(cluster, 132) for cluster in (1, 2, 4)] == [132, 66, 29]
+    assert all(cluster_slots(c, n) * c <= max(n, c) for c in (1, 2, 4) for n in range(1, 200))
 
 
 # --- ranges and tables --------------------------------------------------------------------------------------------
@@ -185,8 +205,22 @@ def test_ranges_have_their_ends() -> None:
     assert table.tokens_of_range(None) > TOKEN_LIMITS[-1]
 
 
+def test_each_range_up_to_max_tokens_is_named_once() -> None:
+    assert token_ranges(1) == token_ranges(16) == [16]
+    assert token_ranges(17) == token_ranges(32) == [16, 32]
+    assert token_ranges(4096) == list(TOKEN_LIMITS)
+    assert token_ranges(4097) == [*TOKEN_LIMITS, table.tokens_of_range(None)] == token_ranges(100_000)
+
+
+@given(max_tokens=TOKENS, tokens=TOKENS)
+def test_ranges_hold_all_numbers_up_to_max_tokens(max_tokens: int, tokens: int) -> None:
+    limits = [table.range_limit(count) for count in token_ranges(max_tokens)]
+    assert len(set(limits)) == len(limits) and limits[-1] == table.range_limit(max_tokens)
+    assert tokens > max_tokens or table.range_limit(tokens) in limits
+
+
 RUN = {"date": "2026-12-01", "device": "a Hopper", "driver": None, "torch": "2.13", "command": "nvfp4-experts tune"}
-ROW = {"limit": 64, "gate_up": [2, 64, 4, 1], "down": [2, 64, 2, 1], "microseconds": 21.5, "run": 0}
+ROW = {"limit": 64, "gate_up": [2, 1, 64, 4], "down": [1, 2, 64, 2], "microseconds": 21.5, "run": 0}
 SHAPE = {"hidden": 7168, "intermediate": 3072, "decode_limit": 5, "choices": [ROW, {**ROW, "limit": None}]}
 SMALL = {**SHAPE, "hidden": 64, "intermediate": 64, "choices": []}
 DOCUMENT = {"schema": 1, "device_class": "sm_90-132", "runs": [RUN], "shapes": [SMALL, SHAPE]}
@@ -194,11 +228,11 @@ DOCUMENT = {"schema": 1, "device_class": "sm_90-132", "runs": [RUN], "shapes": [
 
 def test_the_table_comes_before_the_rule(no_table: Path) -> None:
     no_table.write_text(json.dumps(DOCUMENT))
-    assert choose(7168, 3072, 40, HOPPER) == (GemmConfig(2, 64, 4, 1), GemmConfig(2, 64, 2, 1))
+    assert choose(7168, 3072, 40, HOPPER) == (GemmConfig(2, 1, 64, 4), GemmConfig(1, 2, 64, 2))
     assert choose(7168, 3072, 64, HOPPER) == choose(7168, 3072, 33, HOPPER) == choose(7168, 3072, 5000, HOPPER)
     assert decode_limit(7168, 3072, HOPPER) == 5
-    by_rule = tuple(choose_by_rule(problem, 132) for problem in halves(7168, 3072, 128))
-    assert choose(7168, 3072, 65, HOPPER) == by_rule
+    assert choose(7168, 3072, 65, HOPPER) == tuple(choose_by_rule(p, 132) for p in halves(7168, 3072, 128))
+    assert choose(4096, 3072, 64, HOPPER) == tuple(choose_by_rule(p, 132) for p in halves(4096, 3072, 64))
     assert choose(4096, 3072, 64, HOPPER) != choose(7168, 3072, 64, HOPPER)
     assert decode_limit(4096, 3072, HOPPER) == DECODE_LIMIT
 
@@ -214,9 +248,20 @@ def test_a_broken_table_is_heard_of(no_table: Path) -> None:
         choose(4096, 2048, 20, HOPPER)
 
 
-def test_tables_that_are_checked_in_are_sound() -> None:
-    for path in (Path(choice.__file__).parent / "tuned").glob("*.json"):
-        load_table(path, path.stem)
+@pytest.mark.parametrize("path", sorted((Path(choice.__file__).parent / "tuned").glob("*.json")), ids=lambda p: p.stem)
+def test_tables_that_are_checked_in_are_sound(path: Path) -> None:
+    read = load_table(path, path.stem)
+    assert read.shapes
+    target = Target("cuda", "a Hopper", (9, 0), int(path.stem.rpartition("-")[2]))
+    assert choice.table_path(target) == path
+    for shape in read.shapes:
+        assert shape.choices and decode_limit(shape.hidden, shape.intermediate, target) == shape.decode_limit
+        for made in shape.choices:
+            tokens = table.tokens_of_range(made.limit_tokens)
+            pair = choose(shape.hidden, shape.intermediate, tokens, target)
+            assert pair == (made.gate_up, made.down)
+            for config_of, problem in zip(pair, halves(shape.hidden, shape.intermediate, tokens), strict=True):
+                assert refusal(config_of, problem) is None
 
 
 def test_a_device_without_a_class_is_refused() -> None:
@@ -244,7 +289,7 @@ def test_new_choices_replace_old_ones_and_keep_the_order(tmp_path: Path) -> None
     run = table.Run("2027-01-01", "a Hopper", None, "3", "again")
     shape = read.shapes[1]
     for limit in (64, 16):
-        made = table.Choice(limit, GemmConfig(3, 32, 4, 1), GemmConfig(3, 32, 4, 1), 9.0, run)
+        made = table.Choice(limit, GemmConfig(3, 1, 32, 4), GemmConfig(1, 3, 64, 2), 9.0, run)
         shape = shape.having(made)
         assert shape.choice(limit) == made
     assert [made.limit_tokens for made in shape.choices] == [16, 64, None]
@@ -283,9 +328,12 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no time": (having((*CHOICE, "microseconds"), 0), "microseconds: must be finite and above 0"),
     "a time without end": (having((*CHOICE, "microseconds"), float("inf")), "microseconds: must be finite"),
     "no such run": (having((*CHOICE, "run"), 1), "run: must be the index of a run, got 1"),
-    "three numbers": (having((*CHOICE, "down"), [2, 64, 2]), r"choices\[0\]\.down: must be \[warpgroups"),
+    "three numbers": (
+        having((*CHOICE, "down"), [1, 2, 64]),
+        r"choices\[0\]\.down: must be \[row_groups, column_groups",
+    ),
     "an illegal configuration": (
-        having((*CHOICE, "gate_up"), [4, 128, 1, 1]),
+        having((*CHOICE, "gate_up"), [4, 1, 128, 1]),
         r"gate_up: must be legal: 136 registers",
     ),
 }

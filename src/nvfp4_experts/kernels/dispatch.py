@@ -59,8 +59,8 @@ class Call:
 
     @property
     def clamp(self) -> float:
-        """What gate and up are clamped to: L, or infinity where that is off."""
-        return self.swiglu_limit if self.swiglu_limit > 0 else math.inf
+        """What gate and up are clamped to: L, or infinity where that is off or no fp32 is beyond it."""
+        return self.swiglu_limit if 0 < self.swiglu_limit <= torch.finfo(torch.float32).max else math.inf
 
 
 class Backend(Protocol):

@@ -332,15 +332,15 @@ class Nvfp4SharedExpert(nn.Module):
         def move(t: Tensor) -> Tensor:
             return fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)
 
-        before = self._weights()[0].device
+        before = self._weights()
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = move(buffer)
-        after = self._weights()[0].device
-        if after != before and self._choose(after) != self.backend:
+        device = self._weights()[0].device
+        if device != before[0].device and self._choose(device) != self.backend:
             self._set_weights(*self._projections())
-        elif after != before:
-            self._prepare(after)
+        elif any(new.data_ptr() != old.data_ptr() for new, old in zip(self._weights(), before, strict=True)):
+            self._prepare(device)  # on the same device too: launches may read weights early, these must lie still
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

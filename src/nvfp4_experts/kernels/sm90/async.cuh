@@ -47,6 +47,15 @@ __device__ __forceinline__ void barrier_wait(Address barrier, u32 parity) {
         : "memory");
 }
 
+// As barrier_wait, for what other blocks of the cluster have sent.
+__device__ __forceinline__ void barrier_wait_cluster(Address barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred p;\nagain:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
 // Position in a ring of barriers: parity flips each time round.
 template <int SIZE>
 struct Ring {

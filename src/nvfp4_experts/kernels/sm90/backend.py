@@ -31,7 +31,7 @@ from ..target import target_of
 from . import fp8, gemm
 from .choice import DECODE_LIMIT, decode_limit
 from .compile import compile_all, current_stream, load_kernel
-from .workspace import Part, bytes_of, carve, counters, reserve, scratch_bytes
+from .workspace import Part, bytes_of, carve, counters, exclusive, reserve, scratch_bytes
 
 STAGES = 6
 _THREADS = 640
@@ -88,10 +88,10 @@ class Sm90Backend:
                 compile_all(("decode.cu", _decode_macros(*sizes, mode, torch.bfloat16)) for mode in modes)
                 for mode in modes:
                     _decode_kernel(*sizes, mode, torch.bfloat16, device)
-                    reserve(device, bytes_of([_hidden_states(DECODE_LIMIT, problem.intermediate)]))
-                    layout = gemm.scratch(mode, *sizes, max_tokens)
-                    reserve(device, bytes_of(list(layout.values())))
                 gemm.prepare(problem, device, max_tokens)
+                layouts = [list(gemm.scratch(mode, *sizes, max_tokens, torch.bfloat16).values()) for mode in modes]
+                layouts.append([_hidden_states(DECODE_LIMIT, problem.intermediate)])
+                reserve(device, max(bytes_of(parts) for parts in layouts))
                 counters(device, _blocks(problem.intermediate, device))
         torch.cuda.synchronize(device)
 
@@ -108,7 +108,8 @@ class Sm90Backend:
             return
         # Rows are whole tiles of 16: N of a packed matrix follows from its size and K.
         size = weights[0].numel() // fragment_bytes(ROWS, x.shape[1]) * ROWS // 2
-        with torch.cuda.device(x.device):  # launches go to the current device
+        # Launches go to the current device; those of one call share scratch.
+        with torch.cuda.device(x.device), exclusive(x.device):
             if call.activations == "fp8":
                 fp8.shared_expert(x, weights, call, size, out)
             elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):

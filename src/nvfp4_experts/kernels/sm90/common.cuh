@@ -119,7 +119,7 @@ __device__ __forceinline__ void quantize_block(float (&v)[16], float g, float s)
 
 // silu(min(gate, L)) * clamp(up, -L, L); limit: L, infinity for none. NaN passes, as in torch.clamp. Exponential and
 // reciprocal are the hardware's: 2^-22 off each, and the exponential by the |gate| * 2^-24 of its rounded argument, less
-// than the order of a sum; the exact ones would take 10 % of a prefill.
+// than the order of a sum; the exact ones branch and take several times as long.
 __device__ __forceinline__ float swiglu(float gate, float up, float limit) {
     float power, sigmoid;
     asm("min.NaN.f32 %0, %0, %1;" : "+f"(gate) : "f"(limit));

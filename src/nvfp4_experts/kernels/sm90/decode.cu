@@ -91,7 +91,7 @@ __device__ __forceinline__ int h_position(int k) {
 // Global scales g (encode) and s (decode) from an amax or a static scale.
 __device__ __forceinline__ void global_scales(u32 amax_bits, const float* static_scale, float& g, float& s) {
     if (ACTIVATIONS == STATIC) {
-        s = *static_scale;
+        s = __ldcg(static_scale);  // the launch before may have written it
         g = __frcp_rn(s);
         return;
     }

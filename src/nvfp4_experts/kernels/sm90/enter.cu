@@ -63,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const Element* from = x + (size_t)row * columns;
     float g, s;
 #if ACTIVATIONS == STATIC
-    s = *static_scale, g = __frcp_rn(s);
+    s = __ldcg(static_scale), g = __frcp_rn(s);
 #elif ACTIVATIONS == DYNAMIC
     global_scales_of_amax(largest_of_block(__ldcg(partials + threadIdx.x)), g, s);
     if (row == 0 && threadIdx.x == 0) *scales = s;

@@ -11,7 +11,8 @@
 // Gate and up, interleaved 8 rows by 8, meet in one thread, so SwiGLU needs no exchange.
 //
 // K may be cut twice: in SPLIT runs, one for each block of a cluster, and within a block among COLUMN_GROUPS. The sums of
-// these PARTS meet in distributed shared memory, where each part adds all of them, in order, for its share of the tokens.
+// these PARTS meet in shared memory (distributed, with SPLIT), where each part adds all of them, in order, for its share
+// of the tokens.
 // With one part blocks are persistent. A token's result depends on PARTS and on nothing else of the batch.
 //
 // Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 83
@@ -164,7 +165,7 @@ __device__ __forceinline__ void exchange(int part, Shared& shared, const float (
 #endif
     }
 #if SPLIT > 1
-    barrier_wait(summed, 0);
+    barrier_wait_cluster(summed, 0);
 #else
     sync_threads(1, CONSUMERS * 32);
 #endif
@@ -226,7 +227,7 @@ __device__ __forceinline__ void finish(const Arguments& arguments, int row, int 
     }
 #if OUT == NVFP4  // a block of 16 channels is that of two neighbouring warps
     const int warp = threadIdx.x / 32;
-    const float s = *arguments.hidden_scale, g = __frcp_rn(s);
+    const float s = __ldcg(arguments.hidden_scale), g = __frcp_rn(s);
 #pragma unroll
     for (int first = 0; first < SHARE; first += AMAX_GROUPS) {
         sync_threads(1, CONSUMERS * 32);

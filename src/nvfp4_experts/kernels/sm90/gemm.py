@@ -45,9 +45,7 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
     tokens, hidden = x.shape
     first, second = choose(hidden, size, tokens, target_of(x.device))
     mode = call.activation_scale if call.activations == "nvfp4" else "bf16"
-    layout = scratch(mode, hidden, size, tokens)
-    if mode == "bf16" and x.dtype == torch.bfloat16:
-        del layout["values"]
+    layout = scratch(mode, hidden, size, tokens, x.dtype)
     made = dict(zip(layout, carve(x.device, *layout.values()), strict=True))
     h, values = made["h"], made.get("values", x)
     scale = made.get("scale", call.input_scale if mode == "static" else None)
@@ -86,11 +84,12 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
     )
 
 
-def scratch(mode: str, hidden: int, intermediate: int, tokens: int) -> dict[str, Part]:
-    """What `shared_expert` carves at most; mode is "bf16" or an activation scale."""
+def scratch(mode: str, hidden: int, intermediate: int, tokens: int, dtype: torch.dtype) -> dict[str, Part]:
+    """What `shared_expert` carves for x of a dtype; mode is "bf16" or an activation scale."""
     whole = mode in ("bf16", "static")
     parts: dict[str, Part] = {"h": ((tokens, intermediate), torch.bfloat16 if whole else torch.float32)}
-    parts["values"] = (tokens, hidden), torch.bfloat16
+    if mode != "bf16" or dtype != torch.bfloat16:
+        parts["values"] = (tokens, hidden), torch.bfloat16
     if not whole:
         parts["h_values"] = (tokens, intermediate), torch.bfloat16
         parts["scale"] = (tokens,), torch.float32

@@ -9,8 +9,8 @@
 A choice is for a range of tokens: `limit` is the range's upper end, one of TOKEN_LIMITS, or null for all above; a
 range that is not there is the rule's (choice.py). `microseconds` is what the layer took when it was chosen and `run`
 the index of the run that measured it: a file holds shapes and ranges of several runs. `decode_limit` is the largest
-number of tokens for which decode.cu was faster. Nothing in a file is taken on trust: keys, types, order, and that
-gemm.cu can run each configuration.
+number of tokens for which decode.cu was faster with bf16 activations. Nothing in a file is taken on trust: keys, types,
+order, and that gemm.cu can run each configuration.
 """
 
 from __future__ import annotations

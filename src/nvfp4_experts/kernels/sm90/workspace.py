@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that forward calls need besides their result: scratch, and counters at which blocks meet.
 
-Scratch: one block of memory for every device and stream, shared by all layers that run there, since launches on a
-stream follow each other. It is sized by `reserve` when a layer is built, so that a forward call allocates nothing; a
-stream not seen before takes its own on first use. It comes from the driver, not from torch's allocator, which may be
-filling a graph's private pool just then. Inside a graph capture scratch does come from that pool: later layers of the
-same capture use it again, other graphs and streams never touch it.
+Scratch: one block of memory for every device and stream, shared by all layers that run there. Launches on a stream
+follow each other, and `exclusive` keeps the launches of one call together where several threads use a stream. A block
+is sized by `reserve` when a layer is built, so that a forward call allocates nothing; a stream that `reserve` did not
+run on takes or grows its own on first use. Blocks are kept for the life of the process. They come from the driver, not
+from torch's allocator, which may be filling a graph's private pool just then. Inside a graph capture scratch does come
+from that pool: later layers of the same capture use it again, other graphs and streams never touch it.
 
 Counters: the blocks of one decode launch meet at a counter that each launch raises by its number of blocks
 (`decode.cu`). Launches that may run at the same time must not share one: those on different streams, and those in
@@ -15,10 +16,11 @@ for a device.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -31,9 +33,12 @@ _LINE = 16  # 64-bit counters per cache line of 128 bytes: one counter each, so 
 
 Part = tuple[tuple[int, ...], torch.dtype]
 
+_Stream = tuple[torch.device, int]
+
 _reserved: dict[torch.device, int] = {}
-_scratch: dict[tuple[torch.device, int], Tensor] = {}
-_lock = threading.Lock()
+_scratch: dict[_Stream, Tensor] = {}
+_calls: dict[_Stream, threading.RLock] = {}
+_lock = threading.RLock()
 
 
 def bytes_of(parts: Sequence[Part]) -> int:
@@ -42,11 +47,21 @@ def bytes_of(parts: Sequence[Part]) -> int:
 
 
 def reserve(device: torch.device, size: int) -> None:
-    """Have `size` bytes of scratch at least on every stream of a device, from now on; the current stream's at once."""
+    """Have `size` bytes of scratch at least on every stream of a device, from now on; the current stream's at once.
+
+    Raises:
+        UnsupportedError: the device has not as much left; everything is as it was.
+    """
     device = _indexed(device)
     with _lock:
+        _of_stream(_current(device), size)
         _reserved[device] = max(size, _reserved.get(device, 0))
-    _of_stream(device, size)
+
+
+def exclusive(device: torch.device) -> threading.RLock:
+    """Held from `carve` to a call's last launch, so that no other thread's call gets between on the same stream."""
+    stream = _current(_indexed(device))
+    return _calls.get(stream) or _calls.setdefault(stream, threading.RLock())
 
 
 def carve(device: torch.device, *parts: Part) -> list[Tensor]:
@@ -55,7 +70,7 @@ def carve(device: torch.device, *parts: Part) -> list[Tensor]:
     if torch.cuda.is_current_stream_capturing():
         memory = torch.empty(size, dtype=torch.uint8, device=device)
     else:
-        memory = _of_stream(device, size)
+        memory = _of_stream(_current(device), size)
     carved, offset = [], 0
     for shape, dtype in parts:
         length = math.prod(shape) * dtype.itemsize
@@ -66,18 +81,26 @@ def carve(device: torch.device, *parts: Part) -> list[Tensor]:
 
 def scratch_bytes(device: torch.device) -> int:
     """Bytes of scratch that are allocated on a device now, over all streams."""
-    return sum(memory.nbytes for (owner, _), memory in _scratch.items() if owner == _indexed(device))
+    return sum(memory.nbytes for (owner, _), memory in list(_scratch.items()) if owner == _indexed(device))
 
 
-def _of_stream(device: torch.device, size: int) -> Tensor:
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    memory = _scratch.get(key)
-    if memory is None or memory.nbytes < size:
-        with _lock:
-            _scratch.pop(key, None)
-            memory = torch.as_tensor(_DriverMemory(device, max(size, _reserved.get(device, 0))), device=device)
-            _scratch[key] = memory
-    return memory
+def _current(device: torch.device) -> _Stream:
+    return device, torch.cuda.current_stream(device).cuda_stream
+
+
+def _of_stream(stream: _Stream, size: int) -> Tensor:
+    memory = _scratch.get(stream)
+    if memory is not None and memory.nbytes >= size:
+        return memory
+    with _lock:  # the old block goes when the new one is there: a failure loses nothing
+        size = max(size, _reserved.get(stream[0], 0))
+        if stream not in _scratch or _scratch[stream].nbytes < size:
+            _scratch[stream] = _allocate(stream[0], size)
+        return _scratch[stream]
+
+
+def _allocate(device: torch.device, size: int) -> Tensor:
+    return torch.as_tensor(_DriverMemory(device, size), device=device)
 
 
 class _DriverMemory:
@@ -86,26 +109,37 @@ class _DriverMemory:
     def __init__(self, device: torch.device, size: int) -> None:
         from cuda.bindings import runtime
 
-        with torch.cuda.device(device):
-            status, self._address = runtime.cudaMalloc(size)
+        self._runtime, self._address = runtime, None
+        with torch.cuda.device(device), self._beside_captures():
+            status, address = runtime.cudaMalloc(size)
             if int(status):
                 torch.cuda.empty_cache()
-                status, self._address = runtime.cudaMalloc(size)
+                status, address = runtime.cudaMalloc(size)
         if int(status):
-            raise UnsupportedError(
-                "scratch", f"must get {size} bytes", status, "build layers with a smaller max_tokens"
-            )
-        self._free = runtime.cudaFree
+            way_out = "build layers with a smaller max_tokens"
+            raise UnsupportedError("scratch", f"must get {size} bytes", status, way_out)
+        self._address = address
         self.__cuda_array_interface__ = {
             "shape": (size,),
             "typestr": "|u1",
-            "data": (int(self._address), False),
+            "data": (int(address), False),
             "version": 3,
         }
 
     def __del__(self) -> None:
-        if hasattr(self, "_free"):
-            self._free(self._address)
+        if self._address is not None:
+            with self._beside_captures():
+                self._runtime.cudaFree(self._address)
+
+    @contextlib.contextmanager
+    def _beside_captures(self) -> Iterator[None]:
+        """Allocating must not break a capture that another thread has under way."""
+        relaxed = self._runtime.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+        _, before = self._runtime.cudaThreadExchangeStreamCaptureMode(relaxed)
+        try:
+            yield
+        finally:
+            self._runtime.cudaThreadExchangeStreamCaptureMode(before)
 
 
 def _indexed(device: torch.device) -> torch.device:
