@@ -88,8 +88,8 @@ ILLEGAL = {
     "bytes of sums": (GemmConfig(4, 1, 256, 2), PRO),
     "136 registers must fit in the 112": (GemmConfig(4, 1, 128, 1), PRO),
     "200 registers must fit in the 152": (GemmConfig(3, 1, 256, 1), PRO),
-    "384 columns are 6 chunks": (GemmConfig(2, 1, 64, 4), GemmProblem(256, 384, 64)),
-    "256 columns are 4 chunks": (GemmConfig(1, 2, 64, 2), GemmProblem(256, 256, 64)),
+    "384 columns make 3 of the stages": (GemmConfig(2, 1, 64, 4), GemmProblem(256, 384, 64)),
+    "256 columns make 1 of the stages": (GemmConfig(1, 2, 64, 2), GemmProblem(256, 256, 64)),
 }
 
 

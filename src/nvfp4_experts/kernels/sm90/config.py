@@ -140,8 +140,9 @@ def refusal(config: GemmConfig, problem: GemmProblem) -> str | None:
     needed = config.tokens // 2 + _OTHER_REGISTERS
     if needed > config.registers:
         return f"{needed} registers must fit in the {config.registers} of {config.warpgroups} warpgroups"
-    if config.split > -(-problem.chunks // config.stage_chunks):
-        return f"{problem.columns} columns are {problem.chunks} chunks, too few for {config.parts} parts"
+    stages = -(-problem.chunks // config.stage_chunks)
+    if config.split > stages:
+        return f"{problem.columns} columns make {stages} of the stages, too few for a split in {config.split}"
     return None
 
 
