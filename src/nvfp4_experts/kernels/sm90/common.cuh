@@ -16,6 +16,16 @@ struct Float32 {
     float value;
 };
 
+#ifdef ELEMENT  // of x and y, where a source is compiled for one
+#if ELEMENT == 0
+typedef BFloat16 Element;
+#elif ELEMENT == 1
+typedef Float16 Element;
+#else
+typedef Float32 Element;
+#endif
+#endif
+
 template <class T>
 __device__ constexpr bool is_bf16() { return false; }
 template <>

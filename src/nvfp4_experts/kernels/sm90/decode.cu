@@ -58,13 +58,6 @@ typedef BFloat16 HiddenState;
 #else
 typedef Float32 HiddenState;
 #endif
-#if ELEMENT == 0
-typedef BFloat16 Element;
-#elif ELEMENT == 1
-typedef Float16 Element;
-#else
-typedef Float32 Element;
-#endif
 
 // One token's share of a chunk: words 2 j, 2 j + 1 are the B operand of step j, columns 16 j + 2 c + {0, 1} and + {8, 9}.
 struct Fragment {

@@ -11,14 +11,6 @@
 #define STATIC 1
 #define DYNAMIC 2
 
-#if ELEMENT == 0
-typedef BFloat16 Element;
-#elif ELEMENT == 1
-typedef Float16 Element;
-#else
-typedef Float32 Element;
-#endif
-
 constexpr int THREADS = 256;
 
 // The largest of all threads' values, in every thread.
