@@ -15,8 +15,9 @@ from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
 from nvfp4_experts.kernels.dispatch import ACTIVATIONS, BACKENDS, Problem, get_backend
 from nvfp4_experts.kernels.sm90 import gemm
-from nvfp4_experts.kernels.sm90.choice import TOKEN_LIMITS, decode_limit
+from nvfp4_experts.kernels.sm90.choice import decode_limit
 from nvfp4_experts.kernels.sm90.config import GemmConfig, GemmProblem, refusal
+from nvfp4_experts.kernels.sm90.table import TOKEN_LIMITS
 from nvfp4_experts.kernels.sm90.workspace import scratch_bytes
 from nvfp4_experts.kernels.target import target_of
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert

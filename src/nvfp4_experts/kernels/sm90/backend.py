@@ -29,8 +29,9 @@ from ...layouts.weights import deinterleave_rows, interleave_gate_up
 from ..dispatch import Call, Problem
 from ..target import target_of
 from . import fp8, gemm
-from .choice import DECODE_LIMIT, decode_limit
+from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
+from .table import DECODE_LIMIT
 from .workspace import Part, bytes_of, carve, counters, exclusive, reserve, scratch_bytes
 
 STAGES = 6
