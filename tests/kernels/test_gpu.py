@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvfp4_experts.formats.codes import decode_blocks
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
 from nvfp4_experts.kernels.dispatch import ACTIVATIONS, BACKENDS, Problem, get_backend
@@ -21,6 +22,7 @@ from nvfp4_experts.kernels.sm90.table import TOKEN_LIMITS
 from nvfp4_experts.kernels.sm90.workspace import scratch_bytes
 from nvfp4_experts.kernels.target import target_of
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
+from nvfp4_experts.layouts.fragments import pack_fragments
 from tests.tolerances import against_reference
 
 pytestmark = pytest.mark.gpu
@@ -299,6 +301,19 @@ def test_every_kind_of_configuration(parts: tuple[int, ...], gate_up: bool) -> N
             want = entered @ down.dequantize().double().T
         rounding = {torch.float32: 2.0**-14, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[dtype]
         assert (out.double() - want).norm() <= rounding * want.norm()
+
+
+@pytest.mark.parametrize("parts", CONFIGS, ids=str)
+def test_one_hot_activations_print_the_decoded_weights(parts: tuple[int, ...]) -> None:
+    """Bit for bit: every product but one is zero, so what comes out is a code times its scales, and where it should be."""
+    if get_backend("sm90").refusal(Problem(1552, 1040, "bf16", target_of("cuda"))):
+        pytest.skip("needs a Hopper GPU")
+    *_, down = (w.to("cuda") for w in weights_of((1552, 1040)))
+    packed = pack_fragments(down.codes, down.block_scales)
+    out = torch.full((1040, 1552), torch.nan, device="cuda")
+    x = torch.eye(1040, device="cuda", dtype=torch.bfloat16)
+    gemm.run_half(x, packed, 1552, down.global_scale.reshape(1), out, GemmConfig(*parts), gate_up=False)
+    assert torch.equal(out.T, decode_blocks(down.codes, down.block_scales, torch.float32) * down.global_scale)
 
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
