@@ -305,7 +305,7 @@ def test_every_kind_of_configuration(parts: tuple[int, ...], gate_up: bool) -> N
 
 @pytest.mark.parametrize("parts", CONFIGS, ids=str)
 def test_one_hot_activations_print_the_decoded_weights(parts: tuple[int, ...]) -> None:
-    """Bit for bit: every product but one is zero, so what comes out is a code times its scales, and where it should be."""
+    """Bit for bit: all products but one are zero, so what comes out is a code times its scales, where it should be."""
     if get_backend("sm90").refusal(Problem(1552, 1040, "bf16", target_of("cuda"))):
         pytest.skip("needs a Hopper GPU")
     *_, down = (w.to("cuda") for w in weights_of((1552, 1040)))
