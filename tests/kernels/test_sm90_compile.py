@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -60,9 +61,9 @@ def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]
             (backend, "compile_all"),
             (gemm, "compile_all"),
             (backend, "reserve"),
-            (backend, "counters"),
+            (backend, "mailboxes"),
         ):
-            patch.setattr(module, name, calls.get(name, lambda *_: None))
+            patch.setattr(module, name, calls.get(name, lambda *_: mock.MagicMock()))
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
         patch.setattr(torch.cuda, "synchronize", calls.get("synchronize", lambda *_: None))
         for activations in ACTIVATIONS:
@@ -161,8 +162,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[Kernel, Built]:
 def test_building_a_layer_waits_for_the_device_last() -> None:
     """Launches read weights before they wait for what runs in front of them, so packing must have ended."""
     order: list[str] = []
-    names = ("load_kernel", "compile_all", "reserve", "counters", "synchronize")
-    prepare(*RAGGED, {name: lambda *_, name=name: order.append(name) for name in names})
+    names = ("load_kernel", "compile_all", "reserve", "mailboxes", "synchronize")
+    prepare(*RAGGED, {name: lambda *_, name=name: order.append(name) or mock.MagicMock() for name in names})
     assert order.count("synchronize") == len(ACTIVATIONS) and order[-1] == "synchronize"
 
 

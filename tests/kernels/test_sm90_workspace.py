@@ -71,7 +71,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device(1 << 20)
     for name in ("_reserved", "_scratch", "_calls"):
         monkeypatch.setattr(workspace, name, {})
-    monkeypatch.setattr(workspace, "_allocate", made.allocate)
+    monkeypatch.setattr(workspace, "allocate", made.allocate)
     monkeypatch.setattr(workspace, "_current", lambda device: (device, made.stream))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return made

@@ -18,6 +18,12 @@ __device__ __forceinline__ uint2 load_8(Address from) {
     return v;
 }
 
+__device__ __forceinline__ u32 load_4(Address from) {
+    u32 v;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(from));
+    return v;
+}
+
 // --- barriers in shared memory --------------------------------------------------------------------------------------
 
 constexpr int BARRIER_BYTES = 8;

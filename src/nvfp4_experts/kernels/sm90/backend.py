@@ -24,18 +24,18 @@ from torch import Tensor
 
 from ...formats.codes import decode_blocks
 from ...formats.nvfp4 import Nvfp4Tensor
-from ...layouts.fragments import COLUMNS, ROWS, fragment_bytes, pack_fragments, unpack_fragments
+from ...layouts.fragments import ROWS, fragment_bytes, pack_fragments, unpack_fragments
 from ...layouts.weights import deinterleave_rows, interleave_gate_up
 from ..dispatch import Call, Problem
 from ..target import target_of
 from . import fp8, gemm
 from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
-from .table import DECODE_LIMIT
-from .workspace import Part, bytes_of, carve, counters, exclusive, reserve, scratch_bytes
+from .mailbox import all_bytes, mailbox_bytes, mailboxes
+from .workspace import bytes_of, exclusive, reserve, scratch_bytes
 
 STAGES = 6
-_THREADS = 640
+_THREADS = 576
 _AMAX_ROWS = 512
 _STAGE_BYTES, _PARTIAL_BYTES, _SMALL_BYTES = 9216, 16384, 1024
 _MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}
@@ -74,7 +74,7 @@ class Sm90Backend:
         )
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
-        """Compile and load what a call with bf16 hidden states runs, reserve its scratch and the hand-over counters.
+        """Compile and load what a call with bf16 hidden states runs, reserve its scratch and a mailbox.
 
         Waits for the device at the end: launches read weights before they wait for what runs in front of them, so
         nothing that writes weights may still be on its way.
@@ -91,13 +91,12 @@ class Sm90Backend:
                     _decode_kernel(*sizes, mode, torch.bfloat16, device)
                 gemm.prepare(problem, device, max_tokens)
                 layouts = [list(gemm.scratch(mode, *sizes, max_tokens, torch.bfloat16).values()) for mode in modes]
-                layouts.append([_hidden_states(DECODE_LIMIT, problem.intermediate)])
                 reserve(device, max(bytes_of(parts) for parts in layouts))
-                counters(device, _blocks(problem.intermediate, device))
+                mailboxes(device, *sizes).current()
         torch.cuda.synchronize(device)
 
     def scratch_bytes(self, device: torch.device) -> int:
-        return scratch_bytes(device)
+        return scratch_bytes(device) + all_bytes(device)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         # Kernels load and store 16 bytes at a time; a view that begins elsewhere is rare enough to be copied.
@@ -125,12 +124,10 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
 
     mode = call.activation_scale if call.activations == "nvfp4" else call.activations
     kernel = _decode_kernel(x.shape[1], size, mode, x.dtype, x.device)
-    blocks = _blocks(size, x.device)
-    (hidden_states,) = carve(x.device, _hidden_states(x.shape[0], size))
     # Cooperative: all blocks resident or none, since they wait for each other. Serialisation relaxed: the weights of
     # this launch start to arrive while the kernel before it ends.
     config = LaunchConfig(
-        grid=blocks,
+        grid=_blocks(size, x.device),
         block=_THREADS,
         shmem_size=_shared_bytes(),
         is_cooperative=True,
@@ -146,15 +143,9 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
         0 if call.input_scale is None else call.input_scale.data_ptr(),
         0 if call.hidden_scale is None else call.hidden_scale.data_ptr(),
         np.float32(call.clamp),
-        hidden_states.data_ptr(),
-        counters(x.device, blocks).current().data_ptr(),
+        mailboxes(x.device, x.shape[1], size).current().data_ptr(),
         out.data_ptr(),
     )
-
-
-def _hidden_states(tokens: int, intermediate: int) -> Part:
-    """h between the halves of decode.cu; rows of whole chunks."""
-    return (tokens, -(-intermediate // COLUMNS) * COLUMNS), torch.float32
 
 
 def _row_amax(w: Nvfp4Tensor) -> Tensor:
@@ -185,8 +176,8 @@ def _compiler_problem() -> str | None:
 
 
 def _blocks(intermediate: int, device: torch.device) -> int:
-    """One block per multiprocessor, and a tile of 8 gate and 8 up rows for each at least."""
-    return min(target_of(device).multiprocessors or 1, intermediate // 8)
+    """One block per multiprocessor, each with a tile of 8 gate and 8 up rows at least; blocks are in pairs (decode.cu)."""
+    return min((target_of(device).multiprocessors or 2) // 2 * 2, intermediate // 8)
 
 
 def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -196,7 +187,8 @@ def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype
 
 def _decode_macros(hidden: int, intermediate: int, mode: str, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
-    return (*sizes, ("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]), ("STAGES", STAGES))
+    kinds = (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]))
+    return (*sizes, *kinds, ("STAGES", STAGES), ("MAILBOX_BYTES", mailbox_bytes(hidden, intermediate)))
 
 
 BACKEND = Sm90Backend()

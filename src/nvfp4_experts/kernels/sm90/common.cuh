@@ -68,6 +68,17 @@ __device__ __forceinline__ Raw<Source> load16(const Source* from) {
     return raw;
 }
 
+// Two columns, at an even one.
+__device__ __forceinline__ void load_pair(const Float32* from, float& low, float& high) {
+    const float2 pair = __ldcg(reinterpret_cast<const float2*>(from));
+    low = pair.x, high = pair.y;
+}
+template <class Source>
+__device__ __forceinline__ void load_pair(const Source* from, float& low, float& high) {
+    const u32 pair = __ldcg(reinterpret_cast<const u32*>(from));
+    low = to_float(Source{(u16)pair}), high = to_float(Source{(u16)(pair >> 16)});
+}
+
 template <class Source>
 __device__ __forceinline__ void unpack16(const Raw<Source>& raw, float (&v)[16]) {
 #pragma unroll
@@ -169,10 +180,12 @@ __device__ __forceinline__ void decode(u32 word, u32 (&pairs)[4]) {
     pairs[3] = ((word >> 3) & 0x01C001C0u) | ((word << 2) & 0x80008000u);
 }
 
-// Two of four scale bytes, 0 and 2 or 1 and 3, as bf16(scale * 2^119): a byte is the upper part of fp16(scale * 2^7),
-// whose exponent is moved.
-__device__ __forceinline__ u32 even_scales(u32 bytes) { return (bytes << 4 & 0x0FF00FF0u) + 0x70007000u; }
-__device__ __forceinline__ u32 odd_scales(u32 bytes) { return (bytes >> 4 & 0x0FF00FF0u) + 0x70007000u; }
+// Two of four scale bytes, 0 and 2 or 1 and 3, as bf16(scale * 2^119): a byte is exponent and mantissa of bf16, 112 less
+// in the exponent. `offsets` is SCALE_OFFSETS out of a register: one instruction takes a mask and a register, not two
+// constants, and the assembler sees through every constant that has not been in memory.
+constexpr u32 SCALE_OFFSETS = 0x70007000;
+__device__ __forceinline__ u32 even_scales(u32 bytes, u32 offsets) { return (bytes << 4 & 0x0FF00FF0u) | offsets; }
+__device__ __forceinline__ u32 odd_scales(u32 bytes, u32 offsets) { return (bytes >> 4 & 0x0FF00FF0u) | offsets; }
 
 // A pair times the low or the high half of `scales`: an operand selector of the multiplication, no instruction of its own.
 __device__ __forceinline__ u32 times_low(u32 pair, u32 scales) {
@@ -192,12 +205,12 @@ __device__ __forceinline__ u32 times_high(u32 pair, u32 scales) {
 
 // A lane's share of a chunk as the A operands of four k16 steps: a[j] = columns 16 j + {2c, 2c + 1 | 2c + 8, 2c + 9} of
 // rows g and g + 8, each e2m1 * block scale * 2^-7, exact. scales.x, .y: of rows g and g + 8, a byte a step.
-__device__ __forceinline__ void decode_chunk(uint4 codes, uint2 scales, u32 (&a)[4][4]) {
+__device__ __forceinline__ void decode_chunk(uint4 codes, uint2 scales, u32 offsets, u32 (&a)[4][4]) {
     decode(codes.x, a[0]), decode(codes.y, a[1]), decode(codes.z, a[2]), decode(codes.w, a[3]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32 bytes = h ? scales.y : scales.x;
-        const u32 even = even_scales(bytes), odd = odd_scales(bytes);
+        const u32 even = even_scales(bytes, offsets), odd = odd_scales(bytes, offsets);
 #pragma unroll
         for (int q = h; q < 4; q += 2) {
             a[0][q] = times_low(a[0][q], even), a[1][q] = times_low(a[1][q], odd);

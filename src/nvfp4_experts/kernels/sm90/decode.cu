@@ -9,14 +9,18 @@
 //
 // One persistent block per multiprocessor. Warp roles: 16 consumers split K, each its own 64 columns of a stage;
 // a producer warp keeps a ring of STAGES bulk copies (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles
-// and across the hand-over; a reducer warp adds the 16 partial sums of a tile and finishes it. Activations are brought
-// into their format once per block and phase and stay in the consumers' registers as B fragments.
+// and across the hand-over; a reducer warp adds the 16 partial sums of a tile and finishes it. Activations stay in the
+// consumers' registers as B fragments.
+//
+// Blocks hand each other words through a mailbox in device memory, where NOT_YET says that a word has not come: h, and
+// with NVFP4 activations the values of x, of which every block makes a share. A reader asks until the word is another;
+// that is the whole hand-over, and L2 begins with what is there. Launches use the two boxes in turn and empty the other.
 //
 // Floor: 0.5625 bytes * 3 HI read. bf16 holds exactly: code * 2^-126 (its bits, moved), block scale * 2^119 (its bits,
 // moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact.
 //
 // Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token),
-// ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES.
+// ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES, MAILBOX_BYTES.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -26,7 +30,7 @@
 #define DYNAMIC 2
 #define PER_TOKEN 3
 
-constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 20 * 32;  // two warps idle
+constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 18 * 32;
 constexpr int TOKENS = 8;
 constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
 constexpr int BLOCK = 16;
@@ -49,20 +53,15 @@ struct Shared {
     u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2];
     u32 amax[2][TOKENS];          // of x, of h: bits of |.|, whose order is that of the values, NaN above all
     float token_scale[2][TOKENS];  // of x, of h: global scale of a token's activations
+    u32 scale_offsets;
 };
+
+#include "mailbox.cuh"
 
 // --- activations ----------------------------------------------------------------------------------------------------
 
-#if ACTIVATIONS == BF16
-typedef BFloat16 HiddenState;
-#else
-typedef Float32 HiddenState;
-#endif
-
-// One token's share of a chunk: words 2 j, 2 j + 1 are the B operand of step j, columns 16 j + 2 c + {0, 1} and + {8, 9}.
-struct Fragment {
-    u32 b[8];
-};
+// h is finished by the reducer but where its scale needs all of it.
+constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;
 
 // From 16 consecutive columns in each lane of four to fragments: lane c gives its words to the lanes that multiply them.
 __device__ __forceinline__ void exchange(Fragment& fragment) {
@@ -72,13 +71,6 @@ __device__ __forceinline__ void exchange(Fragment& fragment) {
     transpose_quad(halves[0]), transpose_quad(halves[1]);
 #pragma unroll
     for (int j = 0; j < 4; j++) fragment.b[2 * j] = halves[0][j], fragment.b[2 * j + 1] = halves[1][j];
-}
-
-// With bf16 activations h is stored so that a lane's 16 values are its fragment: where channel k of token t lies.
-constexpr bool ORDERED = ACTIVATIONS == BF16;
-constexpr int H_STRIDE = ORDERED ? (INTERMEDIATE + 63) / 64 * 64 : INTERMEDIATE;
-__device__ __forceinline__ int h_position(int k) {
-    return ORDERED ? k / 64 * 64 + k % 8 / 2 * 16 + k % 64 / 8 * 2 + k % 2 : k;
 }
 
 // Global scales g (encode) and s (decode) from an amax or a static scale.
@@ -91,116 +83,145 @@ __device__ __forceinline__ void global_scales(u32 amax_bits, const float* static
     global_scales_of_amax(amax_bits, g, s);
 }
 
-// The amax that an activation's global scale is made of, over the consumers: of the token in this lane, or of all.
-template <int PHASE>
-__device__ __forceinline__ u32 joint_amax(u32 largest, int token, bool one_token_a_warp, Shared& shared) {
+__device__ __forceinline__ void consumers_sync() { sync_threads(1, CONSUMERS * 32); }
+
+// The consumers' raw columns, one token per group of four lanes; fp32 from the mailbox is awaited.
+template <class G, class Source>
+__device__ __forceinline__ void load_raw(const Source* source, int stride, int tokens, bool awaited,
+                                         Raw<Source> (&raw)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (int stage = 0; stage < G::stages; stage++) {
+            const int column = (stage * CONSUMERS + warp) * 64 + lane % 4 * BLOCK;
+            raw[stage] = Raw<Source>{};
+            if (token < tokens && column < G::columns) {
+                const Source* from = source + (size_t)token * stride + column;
+#pragma unroll
+                for (int i = 0; i < (int)sizeof(Source); i++) {
+                    const uint4 v = peek_16(reinterpret_cast<const uint4*>(from) + i);
+                    all = all && v.x != NOT_YET && v.y != NOT_YET && v.z != NOT_YET && v.w != NOT_YET;
+                    raw[stage].words[i] = v;
+                }
+            }
+        }
+    } while (awaited && !all);
+    __syncwarp();
+}
+
+// What activations' global scales are made of, over the consumers: shared.amax of a token, or with "dynamic" of all in [0].
+template <int PHASE, class Source, int STAGE_COUNT>
+__device__ __forceinline__ void find_amax(Raw<Source> (&raw)[STAGE_COUNT], Shared& shared) {
     const int lane = threadIdx.x % 32;
+    u32 largest = 0;
+#pragma unroll
+    for (int stage = 0; stage < STAGE_COUNT; stage++) {
+        float v[16];
+        unpack16(raw[stage], v);
+        largest = max(largest, amax16(v));
+        forget(raw[stage]);
+    }
 #pragma unroll
     for (int i = 1; i < 32; i *= 2) {
         const u32 other = __shfl_xor_sync(~0u, largest, i);
-        if (i < 4 || ACTIVATIONS == DYNAMIC || one_token_a_warp) largest = max(largest, other);
+        if (i < 4 || ACTIVATIONS == DYNAMIC) largest = max(largest, other);
     }
-    if (lane % 4 == 0) atomicMax(&shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : token], largest);
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
+    if (lane % 4 == 0) atomicMax(&shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : lane / 4], largest);
+    consumers_sync();
+}
+
+template <int PHASE>
+__device__ __forceinline__ u32 amax_of_token(int token, const Shared& shared) {
     return shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : token];
 }
 
-__device__ __forceinline__ void to_bf16(const float (&v)[16], Fragment& fragment) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) fragment.b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
-}
-
-// One token alone: its blocks are spread over all lanes, quantised once, and handed to the four lanes that own them.
-template <class G, int PHASE, class Source>
-__device__ __forceinline__ float enter_one(const Source* source, const float* static_scale, Shared& shared,
-                                           Fragment (&fragments)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int column = (lane / 4 * CONSUMERS + warp) * 64 + lane % 4 * BLOCK;
-    Raw<Source> raw = {};
-    if (column < G::columns) raw = load16(source + column);
-    float v[16], g, s;
-    unpack16(raw, v);
-    u32 largest = 0;
-    if (ACTIVATIONS != STATIC) largest = joint_amax<PHASE>(amax16(v), 0, true, shared);
-    global_scales(largest, static_scale, g, s);
-    quantize_block(v, g, s);
-    Fragment mine;
-    to_bf16(v, mine);
-    exchange(mine);
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const u32 bits = __shfl_sync(~0u, mine.b[i], stage * 4 + lane % 4);
-            fragments[stage].b[i] = lane < 4 ? bits : 0;
-        }
-    }
-    return s;
-}
-
-// Columns of this warp's chunks, one token per group of four lanes.
-template <class G, int PHASE, class Source>
-__device__ __forceinline__ float enter_all(const Source* source, int tokens, const float* static_scale, Shared& shared,
-                                           Fragment (&fragments)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
-    constexpr bool IN_ORDER = PHASE == 1 && ORDERED;
-    constexpr int STRIDE = IN_ORDER ? H_STRIDE : G::columns;
-    Raw<Source> raw[G::stages];
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-        const int column = (stage * CONSUMERS + warp) * 64 + (lane % 4) * BLOCK;
-        raw[stage] = Raw<Source>{};
-        if (token < tokens && column < STRIDE) raw[stage] = load16(source + (size_t)token * STRIDE + column);
-    }
+// The tokens' scales go to shared memory, where the reducer finds them with the first tile.
+template <int PHASE>
+__device__ __forceinline__ void keep_token_scales(const float* static_scale, Shared& shared) {
+    if (threadIdx.x >= TOKENS) return;
     float g, s = 1.0f;
-    if (ACTIVATIONS != BF16) {
-        u32 largest = 0;
-        if (ACTIVATIONS != STATIC) {
+    if (ACTIVATIONS != BF16) global_scales(amax_of_token<PHASE>(threadIdx.x, shared), static_scale, g, s);
+    shared.token_scale[PHASE][threadIdx.x] = s;
+}
+
+// x as it is, in bf16.
+template <class G>
+__device__ __forceinline__ void enter_bf16(const Element* x, int tokens, Fragment (&fragments)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (is_bf16<Element>() && tokens == 1) {  // words one by one: cheaper than an exchange if it is for four lanes
 #pragma unroll
-            for (int stage = 0; stage < G::stages; stage++) {
-                float v[16];
-                unpack16(raw[stage], v);
-                largest = max(largest, amax16(v));
-                forget(raw[stage]);
+        for (int stage = 0; stage < G::stages; stage++) {
+            const int first = (stage * CONSUMERS + warp) * 64 + lane % 4 * 2;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                fragments[stage].b[i] = 0;
+                if (lane < 4 && first + 8 * i < G::columns)
+                    fragments[stage].b[i] = __ldcg(reinterpret_cast<const u32*>(x + first + 8 * i));
             }
-            largest = joint_amax<PHASE>(largest, token, false, shared);
         }
-        global_scales(largest, static_scale, g, s);
+        return;
     }
+    Raw<Element> raw[G::stages];
+    load_raw<G>(x, G::columns, tokens, false, raw);
 #pragma unroll
     for (int stage = 0; stage < G::stages; stage++) {
-        if (ACTIVATIONS == BF16 && is_bf16<Source>()) {  // as it is
+        if (is_bf16<Element>()) {
 #pragma unroll
             for (int i = 0; i < 8; i++) fragments[stage].b[i] = reinterpret_cast<const u32*>(&raw[stage].words[0])[i];
         } else {
             float v[16];
             unpack16(raw[stage], v);
-            if (ACTIVATIONS != BF16) quantize_block(v, g, s);
-            to_bf16(v, fragments[stage]);
-        }
-        if (!IN_ORDER) exchange(fragments[stage]);
-        if (IN_ORDER && G::columns % 64) {  // nothing was stored past the last channel
-            const int first = (stage * CONSUMERS + warp) * 64 + lane % 4 * 2;
 #pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (first + 8 * i >= G::columns) fragments[stage].b[i] = 0;
+            for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
         }
+        exchange(fragments[stage]);
     }
-    return s;
 }
 
-// Brings this warp's columns of all tokens into the activation format; the tokens' scales go to shared memory, where the
-// reducer finds them with the first tile.
-template <class G, int PHASE, class Source>
-__device__ __forceinline__ void enter(const Source* source, int tokens, const float* static_scale, Shared& shared,
-                                      Fragment (&fragments)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float scale;
-    if (ACTIVATIONS != BF16 && G::stages <= 8 && tokens == 1)
-        scale = enter_one<G, PHASE>(source, static_scale, shared, fragments);
-    else
-        scale = enter_all<G, PHASE>(source, tokens, static_scale, shared, fragments);
-    if (warp == 0 && lane % 4 == 0) shared.token_scale[PHASE][lane / 4] = scale;
+// This block's share of x to NVFP4 values for all blocks: four lanes a block of 16, each the two words it would multiply.
+__device__ __forceinline__ void post_share(const Element* x, int tokens, const float* static_scale, const Shared& shared,
+                                           Box& box) {
+    constexpr int BLOCKS = HIDDEN / BLOCK;
+    const int c = threadIdx.x % 4, step = gridDim.x * CONSUMERS * 8;
+    for (int first = (blockIdx.x + threadIdx.x / 32 * gridDim.x) * 8; first < tokens * BLOCKS; first += step) {
+        const int i = first + threadIdx.x % 32 / 4;
+        const bool is_one = i < tokens * BLOCKS;
+        const int token = is_one ? i / BLOCKS : 0, column = is_one ? i % BLOCKS * BLOCK + 2 * c : 2 * c;
+        float v[4], g, s;
+        load_pair(x + (size_t)token * HIDDEN + column, v[0], v[1]);
+        load_pair(x + (size_t)token * HIDDEN + column + 8, v[2], v[3]);
+        global_scales(amax_of_token<0>(token, shared), static_scale, g, s);
+        u32 largest = 0;
+#pragma unroll
+        for (int e = 0; e < 4; e++) largest = max(largest, __float_as_uint(v[e]) & 0x7FFFFFFFu);
+        largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+        largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+        const BlockScale block = block_scale(largest, g, s);
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = quantize_value(v[e], block);
+        if (is_one) post(&box.x[token][pair_position(column)], make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])));
+    }
+}
+
+// h, fp32, to NVFP4 values with a scale that takes all of it.
+template <class G>
+__device__ __forceinline__ void enter_whole(const Box& box, int tokens, Shared& shared, Fragment (&fragments)[G::stages]) {
+    Raw<Float32> raw[G::stages];
+    load_raw<G>(reinterpret_cast<const Float32*>(box.h), H_STRIDE, tokens, true, raw);
+    find_amax<1>(raw, shared);
+    float g, s;
+    global_scales(amax_of_token<1>(threadIdx.x % 32 / 4, shared), nullptr, g, s);
+#pragma unroll
+    for (int stage = 0; stage < G::stages; stage++) {
+        float v[16];
+        unpack16(raw[stage], v);
+        quantize_block(v, g, s);
+#pragma unroll
+        for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
+        exchange(fragments[stage]);
+    }
 }
 
 // --- weights --------------------------------------------------------------------------------------------------------
@@ -214,9 +235,10 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
 }
 
 // 16 rows x 64 columns against this warp's 8 tokens.
-__device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, const Fragment& fragment) {
+__device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, u32 offsets,
+                                               const Fragment& fragment) {
     u32 a[4][4];
-    decode_chunk(codes, scales, a);
+    decode_chunk(codes, scales, offsets, a);
 #pragma unroll
     for (int j = 0; j < 4; j++) multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
 }
@@ -237,26 +259,31 @@ __device__ __forceinline__ void produce(const unsigned char* weights, Shared& sh
     }
 }
 
-template <class G>
-__device__ __forceinline__ void consume(Shared& shared, Ring<STAGES>& ring, Ring<2>& partial,
-                                        const Fragment (&fragments)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+// await(stage): called before this stage's fragment is used for the first time.
+template <class G, class Await>
+__device__ __forceinline__ void consume(int warp, Shared& shared, Ring<STAGES>& ring, Ring<2>& partial,
+                                        Fragment (&fragments)[G::stages], Await await) {
+    const int lane = threadIdx.x % 32;
+    const u32 offsets = load_4(shared_address(&shared.scale_offsets));
+    const Address chunk = shared_address(shared.stages[0]) + warp * CHUNK_BYTES;
+    const Address full = shared_address(shared.stage_full), empty = shared_address(shared.stage_empty);
     for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
         float sums[2][4] = {};
 #pragma unroll
         for (int stage = 0; stage < G::stages; stage++, ring.next()) {
-            const int chunks = G::chunks_in(stage);
-            barrier_wait(shared_address(&shared.stage_full[ring.slot]), ring.parity);
+            const bool has_chunk = G::chunks % CONSUMERS == 0 || warp < G::chunks_in(stage);
+            barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
             uint4 codes = {};
             uint2 scales = {};
-            if (warp < chunks) {
-                const unsigned char* from = shared.stages[ring.slot] + warp * CHUNK_BYTES;
-                codes = *reinterpret_cast<const uint4*>(from + lane * 16);
-                scales = *reinterpret_cast<const uint2*>(from + CODE_BYTES + lane / 4 * 8);
+            if (has_chunk) {
+                const Address from = chunk + ring.slot * STAGE_BYTES;
+                codes = load_16(from + lane * 16);
+                scales = load_8(from + CODE_BYTES + lane / 4 * 8);
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(shared_address(&shared.stage_empty[ring.slot]));
-            if (warp < chunks) multiply_chunk(sums, codes, scales, fragments[stage]);
+            if (lane == 0) barrier_arrive(empty + ring.slot * BARRIER_BYTES);
+            if (tile == blockIdx.x) await(stage);
+            if (has_chunk) multiply_chunk(sums, codes, scales, offsets, fragments[stage]);
         }
         barrier_wait(shared_address(&shared.partial_empty[partial.slot]), partial.parity ^ 1);
         shared.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
@@ -286,32 +313,58 @@ __device__ __forceinline__ void reduce(Shared& shared, Ring<2>& partial, Finish 
     }
 }
 
-// The grid-wide hand-over: a counter that every launch raises by the number of blocks. A launch begins at a multiple of
-// it, so the next multiple means that all blocks have arrived; nothing is ever reset. At most 2 INTERMEDIATE / 16 blocks.
-__device__ __forceinline__ u64 load_acquire(const u64* p) {
-    u64 value;
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
-    return value;
-}
-
-__device__ __forceinline__ void arrive_release(u64* counter) {
-    asm volatile("red.release.gpu.global.add.u64 [%0], 1;" ::"l"(counter) : "memory");
+// h of a tile, rows g = lane / 4 and tokens 2 c, 2 c + 1, to the mailbox. encode, decode: its static scale, if it has one.
+__device__ __forceinline__ void post_h(int tile, int tokens, float (&h)[2], float encode, float decode, Box& box) {
+    const int lane = threadIdx.x % 32, g = lane / 4, token = lane % 4 * 2;
+    if (!ORDERED) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            if (token + i < tokens) post(&box.h[(token + i) * H_STRIDE + tile * 8 + g], __float_as_uint(h[i]));
+        return;
+    }
+    if (ACTIVATIONS == STATIC) {  // a block of 16 channels is this tile and its neighbour, which another block has
+        u32 largest[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            largest[i] = __float_as_uint(h[i]) & 0x7FFFFFFFu;
+#pragma unroll
+            for (int other = 4; other < 32; other *= 2) largest[i] = max(largest[i], __shfl_xor_sync(~0u, largest[i], other));
+        }
+        if (g == 0) post(&box.amax[tile][token], make_uint2(largest[0], largest[1]));
+        uint2 neighbour;
+        do neighbour = peek_8(&box.amax[tile ^ 1][token]);
+        while (neighbour.x == NOT_YET || neighbour.y == NOT_YET);
+        __syncwarp();
+        h[0] = quantize_value(h[0], block_scale(max(largest[0], neighbour.x), encode, decode));
+        h[1] = quantize_value(h[1], block_scale(max(largest[1], neighbour.y), encode, decode));
+    }
+    // Whole words: lanes of even rows take token 2 c, of odd rows 2 c + 1, and give the other to their neighbour.
+    const bool odd = g % 2;
+    const float got = __shfl_xor_sync(~0u, odd ? h[0] : h[1], 4);
+    const u32 pair = odd ? bf16_pair(got, h[1]) : bf16_pair(h[0], got);
+    if (token + odd < tokens) post(&box.h[(token + odd) * (H_STRIDE / 2) + pair_position(tile * 8 + g - odd)], pair);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     shared_expert_decode(const Element* __restrict__ x, int tokens, const unsigned char* __restrict__ gate_up,
                          const float* __restrict__ gate_up_scales, const unsigned char* __restrict__ down,
                          const float* __restrict__ down_scale, const float* __restrict__ input_scale,
-                         const float* __restrict__ hidden_scale, float limit, HiddenState* __restrict__ hidden_states,
-                         u64* __restrict__ hand_over, Element* __restrict__ y) {
+                         const float* __restrict__ hidden_scale, float limit, Mailbox* mailbox, Element* __restrict__ y) {
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) barrier_init(shared_address(&shared.stage_full[i]), 1), barrier_init(shared_address(&shared.stage_empty[i]), CONSUMERS);
-        for (int i = 0; i < 2; i++) barrier_init(shared_address(&shared.partial_full[i]), CONSUMERS), barrier_init(shared_address(&shared.partial_empty[i]), 1);
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(shared_address(&shared.stage_full[i]), 1);
+            barrier_init(shared_address(&shared.stage_empty[i]), CONSUMERS);
+        }
+        for (int i = 0; i < 2; i++) {
+            barrier_init(shared_address(&shared.partial_full[i]), CONSUMERS);
+            barrier_init(shared_address(&shared.partial_empty[i]), 1);
+        }
         barriers_are_made();
+        shared.scale_offsets = SCALE_OFFSETS;
     }
     if (threadIdx.x < 2 * TOKENS) shared.amax[threadIdx.x / TOKENS][threadIdx.x % TOKENS] = 0;
     __syncthreads();
@@ -320,28 +373,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp != PRODUCER) wait_for_launch_before();
 
     if (warp >= CONSUMERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
             produce<L1>(gate_up, shared, ring);
             produce<L2>(down, shared, ring);
         } else if (warp == REDUCER) {
             const int row = lane / 4, token = lane % 4 * 2;
-            const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1];
+            const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1], scale_of_down = *down_scale;
+            const u32 number = launch_number(*mailbox);
+            Box& box = mailbox->boxes[number % 2];
+            empty_share(mailbox->boxes[(number + 1) % 2]);
+            float encode = 1.0f, decode = 1.0f;
+            if (ACTIVATIONS == STATIC) global_scales(0, hidden_scale, encode, decode);
             Ring<2> partial;
             reduce<L1>(shared, partial, [&](int tile, float4 sum) {
+                float h[2];
+#pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    if (token + i >= tokens) break;
                     const float scale = shared.token_scale[0][token + i];
                     const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
-                    const float h = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), limit);
-                    store(&hidden_states[(size_t)(token + i) * H_STRIDE + h_position(tile * 8 + row)], h);
+                    h[i] = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), limit);
                 }
+                post_h(tile, tokens, h, encode, decode, box);
             });
-            __syncwarp();
-            if (lane == 0) arrive_release(hand_over);
-            const float scale_of_down = *down_scale;
             reduce<L2>(shared, partial, [&](int tile, float4 sum) {
+#pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (token + i >= tokens) break;
                     const float scale = shared.token_scale[1][token + i] * scale_of_down;
@@ -350,27 +406,41 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     store(to + 8, (i ? sum.w : sum.z) * UNPACKED * scale);
                 }
             });
+            if (lane == 0) arrive(*mailbox);  // all consumers have asked for the launch's number: they gave their sums
         }
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         Ring<STAGES> ring;
         Ring<2> partial;
-        // Read before this block arrives: it has a tile of L1, which warp 0 has yet to contribute to.
-        const u64 all_arrived = threadIdx.x == 0 ? (load_acquire(hand_over) / gridDim.x + 1) * gridDim.x : 0;
+        Box& box = mailbox->boxes[launch_number(*mailbox) % 2];
         {
             Fragment fragments[L1::stages];
-            enter<L1, 0>(x, tokens, input_scale, shared, fragments);
-            consume<L1>(shared, ring, partial, fragments);
-        }
-        if (threadIdx.x == 0) {
-            while (load_acquire(hand_over) < all_arrived) {
+#if ACTIVATIONS == BF16
+            enter_bf16<L1>(x, tokens, fragments);
+#else
+#if ACTIVATIONS != STATIC
+            {
+                Raw<Element> raw[L1::stages];
+                load_raw<L1>(x, HIDDEN, tokens, false, raw);
+                find_amax<0>(raw, shared);
             }
+#endif
+            post_share(x, tokens, input_scale, shared, box);
+            Inbox<L1>(&box.x[0][0], X_STRIDE / 2, tokens).await_all(fragments);
+#endif
+            keep_token_scales<0>(input_scale, shared);
+            consume<L1>(warp, shared, ring, partial, fragments, [](int) {});
         }
-        asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS * 32) : "memory");
         {
             Fragment fragments[L2::stages];
-            enter<L2, 1>(hidden_states, tokens, hidden_scale, shared, fragments);
-            consume<L2>(shared, ring, partial, fragments);
+            const Inbox<L2> inbox(box.h, H_STRIDE / 2, tokens);
+            if (ORDERED)
+                inbox.look_at_all(fragments);
+            else
+                enter_whole<L2>(box, tokens, shared, fragments);
+            keep_token_scales<1>(hidden_scale, shared);
+            consume<L2>(warp, shared, ring, partial, fragments, [&](int stage) {
+                if (ORDERED) inbox.await(stage, fragments[stage]);
+            });
         }
     }
 }

@@ -37,9 +37,6 @@ constexpr int ROWS = 64 * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT 
 constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES, TOKEN_BYTES = TOKENS * 128;  // of a chunk
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;               // of 64 columns; of 8 tokens
 constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // that a part finishes, at most
-#if OUT == NVFP4
-constexpr int AMAX_GROUPS = SHARE < 8 ? SHARE : 8;  // of SHARE, that warps exchange the largest values of at a time
-#endif
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
 __device__ constexpr int part_of(int group) {
     int part = 0;
@@ -58,6 +55,10 @@ struct Arguments {
     float limit;
 };
 
+struct Scales {
+    float factors[GATE_UP ? 2 : 1], hidden;
+};
+
 struct Shared {
     union {
         struct {
@@ -67,8 +68,11 @@ struct Shared {
         float4 sums[PARTS > 1 ? PARTS : 1][PARTS > 1 ? COLUMN_GROUPS * SHARE : 1][ROW_WARPS * 32];
     };
     u64 full[STAGES], empty[STAGES], summed;
+    u32 scale_offsets;
+    Scales scales[CONSUMERS];
 #if OUT == NVFP4
-    u32 amax[CONSUMERS][AMAX_GROUPS * 8];
+    u32 amax[CONSUMERS][32];  // of 32 tokens at a time
+    alignas(16) float2 block_scales[CONSUMERS][32];
 #endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch must ask for as much");
@@ -112,6 +116,7 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
     const Address weights =
         shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
     const u32 operand = mma_operand(shared_address(shared.activations[0][2 * column_group]));
+    const u32 offsets = load_4(shared_address(&shared.scale_offsets));
     u32 first[4][4], second[4][4];
     u32 before = 0;
     for (int i = 0; i < steps; i++) {
@@ -121,14 +126,14 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
         const Address codes_of_lane = from + lane * 16, scales_of_lane = from + CODE_BYTES + lane / 4 * 8;
         const uint4 codes = load_16(codes_of_lane), more_codes = load_16(codes_of_lane + CHUNK_BYTES);
         const uint2 scales = load_8(scales_of_lane), more_scales = load_8(scales_of_lane + CHUNK_BYTES);
-        decode_chunk(codes, scales, first);
+        decode_chunk(codes, scales, offsets, first);
         mma_fence();
 #pragma unroll
         for (int j = 0; j < 4; j++) mma_async<TOKENS>(sums, first[j], b + 2 * j);
         mma_commit();
         mma_wait<1>();  // the stage before has been read: its slot may be filled again
         if (i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
-        decode_chunk(more_codes, more_scales, second);
+        decode_chunk(more_codes, more_scales, offsets, second);
         mma_fence();
 #pragma unroll
         for (int j = 0; j < 4; j++) mma_async<TOKENS>(sums, second[j], b + TOKEN_BYTES / 16 + 2 * j);
@@ -206,52 +211,86 @@ __device__ __forceinline__ void store_8x8(void* out, size_t stride, int row, int
 #endif
 }
 
+#if OUT == NVFP4
+// One round of finding the largest |.| over the lanes of a column, the rows g of token c: a lane hands half of its values
+// to the lane at `distance` and takes the larger of the other half. Which half it keeps is the bit of its g.
+template <int VALUES>
+__device__ __forceinline__ void halve(u32 (&values)[8], int distance) {
+    const bool upper = threadIdx.x & distance;
+#pragma unroll
+    for (int i = 0; i < VALUES / 2; i++) {
+        const u32 got = __shfl_xor_sync(~0u, upper ? values[i] : values[i + VALUES / 2], distance);
+        values[i] = max(upper ? values[i + VALUES / 2] : values[i], got);
+    }
+}
+
+// h to NVFP4 values. A block of 16 channels is that of two neighbouring warps. Of 32 tokens at a time, each lane finds the
+// largest value and the scale of one, for all lanes of its warp to take.
+__device__ __forceinline__ void quantize_share(float s, Shared& shared, float (&h)[SHARE * 4]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
+    const float g = __frcp_rn(s);
+#pragma unroll
+    for (int first = 0; first < SHARE; first += 4) {
+        u32 largest[8];  // [4 e + i]: of token 8 i + 2 c + e
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                largest[4 * e + i] = first + i < SHARE ? __float_as_uint(h[4 * (first + i) + e]) & 0x7FFFFFFFu : 0;
+        halve<8>(largest, 16), halve<4>(largest, 8), halve<2>(largest, 4);
+        // This lane's: e is the upper bit of its row g, i the two others.
+        const int token = lane / 4 % 4 * 8 + 2 * c + lane / 16;
+        shared.amax[warp][token] = largest[0];
+        sync_threads(2 + warp / 2, 64);
+        const BlockScale block = block_scale(max(largest[0], shared.amax[warp ^ 1][token]), g, s);
+        shared.block_scales[warp][token] = make_float2(block.scale, block.inverse);
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < 4 && first + i < SHARE; i++) {
+            const float4 scales = reinterpret_cast<const float4*>(&shared.block_scales[warp][8 * i])[c];
+            float* of_group = h + 4 * (first + i);
+            of_group[0] = quantize_value(of_group[0], {scales.x, scales.y});
+            of_group[1] = quantize_value(of_group[1], {scales.z, scales.w});
+        }
+        sync_threads(2 + warp / 2, 64);  // both have read
+    }
+}
+#endif
+
+// What sums are multiplied by: the weights' scales, times the activations' if they share one. Each warp loads them before it
+// has sums, and keeps them out of the registers meanwhile.
+__device__ __forceinline__ void load_scales(const Arguments& arguments, Scales& scales) {
+    if (threadIdx.x % 32 == 0) {
+        const bool shared_by_tokens = arguments.token_scales && !arguments.per_token;
+        const float tokens = shared_by_tokens ? __ldcg(arguments.token_scales) : 1.0f;
+        for (int i = 0; i < (GATE_UP ? 2 : 1); i++) scales.factors[i] = tokens * arguments.weight_scales[i];
+        if (OUT == NVFP4) scales.hidden = __ldcg(arguments.hidden_scale);
+    }
+    __syncwarp();
+}
+
+__device__ __forceinline__ float scale_of(const Arguments& arguments, int token) {
+    return arguments.per_token && token < arguments.tokens ? __ldcg(arguments.token_scales + token) : 1.0f;
+}
+
 // Scales, SwiGLU and the result's format for 16 rows from `row` and the tokens [first_token, end_token).
 __device__ __forceinline__ void finish(const Arguments& arguments, int row, int first_token, int end_token, Shared& shared,
                                        float (&sums)[SHARE * 4]) {
-    const int lane = threadIdx.x % 32, c = lane % 4;
-    auto token_scale = [&](int token) {
-        if (!arguments.token_scales || token >= end_token) return 1.0f;
-        return __ldcg(arguments.token_scales + (arguments.per_token ? token : 0));
-    };
+    const Scales scales = shared.scales[threadIdx.x / 32];
+    const int c = threadIdx.x % 4;
 #if GATE_UP
-    const float gate_scale = arguments.weight_scales[0], up_scale = arguments.weight_scales[1];
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const float scale = token_scale(first_token + 8 * i + 2 * c + e);
+            const int token = first_token + 8 * i + 2 * c + e;
+            const float scale = scale_of(arguments, token);
             const float gate = sums[4 * i + e] * UNPACKED, up = sums[4 * i + 2 + e] * UNPACKED;
-            sums[4 * i + e] = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), arguments.limit);
+            sums[4 * i + e] = swiglu(gate * (scale * scales.factors[0]), up * (scale * scales.factors[1]), arguments.limit);
         }
     }
-#if OUT == NVFP4  // a block of 16 channels is that of two neighbouring warps
-    const int warp = threadIdx.x / 32;
-    const float s = __ldcg(arguments.hidden_scale), g = __frcp_rn(s);
-#pragma unroll
-    for (int first = 0; first < SHARE; first += AMAX_GROUPS) {
-        sync_threads(1, CONSUMERS * 32);
-#pragma unroll
-        for (int i = first; i < SHARE && i < first + AMAX_GROUPS; i++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                u32 largest = __float_as_uint(sums[4 * i + e]) & 0x7FFFFFFFu;
-#pragma unroll
-                for (int other = 4; other < 32; other *= 2) largest = max(largest, __shfl_xor_sync(~0u, largest, other));
-                if (lane < 4) shared.amax[warp][8 * (i - first) + 2 * c + e] = largest;
-            }
-        }
-        sync_threads(1, CONSUMERS * 32);
-#pragma unroll
-        for (int i = first; i < SHARE && i < first + AMAX_GROUPS; i++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int token = 8 * (i - first) + 2 * c + e;
-                const u32 largest = max(shared.amax[warp][token], shared.amax[warp ^ 1][token]);
-                sums[4 * i + e] = quantize_value(sums[4 * i + e], block_scale(largest, g, s));
-            }
-        }
-    }
+#if OUT == NVFP4
+    quantize_share(scales.hidden, shared, sums);
 #endif
     if (row >= arguments.rows) return;
 #pragma unroll
@@ -259,11 +298,11 @@ __device__ __forceinline__ void finish(const Arguments& arguments, int row, int 
         store_8x8(arguments.out, arguments.rows / 2, row / 2, first_token + 8 * i, end_token, sums[4 * i], sums[4 * i + 1]);
 #else
     if (row >= arguments.rows) return;
-    const float weight_scale = arguments.weight_scales[0];
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
         const int token = first_token + 8 * i;
-        const float scale_0 = token_scale(token + 2 * c) * weight_scale, scale_1 = token_scale(token + 2 * c + 1) * weight_scale;
+        const float scale_0 = scale_of(arguments, token + 2 * c) * scales.factors[0];
+        const float scale_1 = scale_of(arguments, token + 2 * c + 1) * scales.factors[0];
 #pragma unroll
         for (int h = 0; h < 2; h++)
             store_8x8(arguments.out, arguments.rows, row + 8 * h, token, end_token,
@@ -289,6 +328,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
         barrier_init(shared_address(&shared.summed), 1);
 #endif
         barriers_are_made();
+        shared.scale_offsets = SCALE_OFFSETS;
 #if SPLIT > 1
         const int groups = first_group((split + 1) * COLUMN_GROUPS) - first_group(split * COLUMN_GROUPS);
         barrier_expect(shared_address(&shared.summed), PARTS * groups * ROW_WARPS * 32 * sizeof(float4));
@@ -324,6 +364,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
         wait_for_launch_before();  // it may still read what this launch writes
+        load_scales(arguments, shared.scales[warp]);
         const int row_warp = warp % ROW_WARPS, column_group = warp / ROW_WARPS;
         Ring<STAGES> ring;
         for (; work.more(); work.next()) {

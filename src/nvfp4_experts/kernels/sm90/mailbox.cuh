@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// Words that the blocks of a launch hand each other through device memory: NOT_YET says that a word has not come.
+// A writer stores words, a reader asks again until they are others; nothing else orders the two, and nothing is counted.
+//
+// Launches on a mailbox follow each other. They use its two boxes in turn, and each empties the box of the next.
+// Needs HIDDEN, INTERMEDIATE, TOKENS, CONSUMERS and MAILBOX_BYTES.
+
+constexpr u32 NOT_YET = 0xFFFFFFFF;  // as bf16 or fp32 a NaN that arithmetic does not give, and above all bits of |.|
+constexpr int X_STRIDE = (HIDDEN + 63) / 64 * 64, H_STRIDE = (INTERMEDIATE + 63) / 64 * 64;
+
+struct Box {
+    u32 x[TOKENS][X_STRIDE / 2];        // bf16 pairs, in the order of fragments
+    u32 h[TOKENS * H_STRIDE];           // the same where h comes finished, else fp32 in the order of channels
+    u32 amax[INTERMEDIATE / 8][TOKENS];  // of the 8 channels of a tile
+};
+struct alignas(128) Mailbox {
+    u64 arrivals;  // every launch raises it by its number of blocks
+    alignas(128) Box boxes[2];
+};
+static_assert(sizeof(Mailbox) == MAILBOX_BYTES, "backend.py allocates as much");
+static_assert(sizeof(Box) % 16 == 0, "emptied 16 bytes at a time");
+
+// Relaxed: a word says itself whether it is there.
+__device__ __forceinline__ uint4 peek_16(const void* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ uint2 peek_8(const void* from) {
+    uint2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
+    return v;
+}
+__device__ __forceinline__ void post(u32* to, u32 word) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(word));
+}
+__device__ __forceinline__ void post(u32* to, uint2 words) {
+    asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y));
+}
+
+// The number of this launch on its mailbox, if asked before this block arrives.
+__device__ __forceinline__ u32 launch_number(const Mailbox& mailbox) {
+    u64 arrivals;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(arrivals) : "l"(&mailbox.arrivals));
+    return arrivals / gridDim.x;
+}
+__device__ __forceinline__ void arrive(Mailbox& mailbox) {
+    asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(&mailbox.arrivals));
+}
+
+// This block's share of the box of the next launch, by one warp.
+__device__ __forceinline__ void empty_share(Box& box) {
+    uint4* words = reinterpret_cast<uint4*>(&box);
+    for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < (int)(sizeof(Box) / 16); i += gridDim.x * 32)
+        words[i] = make_uint4(NOT_YET, NOT_YET, NOT_YET, NOT_YET);
+}
+
+// --- activations in the order of fragments ---------------------------------------------------------------------------
+
+// One token's share of a chunk: words 2 j, 2 j + 1 are the B operand of step j, columns 16 j + 2 c + {0, 1} and + {8, 9}.
+struct Fragment {
+    u32 b[8];
+};
+
+// In the order of fragments, where the pair of columns k, k + 1 of a token lies, in words: lane c's eight follow each other.
+__device__ __forceinline__ int pair_position(int k) { return k / 64 * 32 + k % 8 / 2 * 8 + k % 64 / 8; }
+
+// Words of a fragment that are columns of the matrix; `first`: column of its word 0.
+template <class G>
+__device__ __forceinline__ bool is_column(int first, int word) { return G::columns % 64 == 0 || first + 8 * word < G::columns; }
+
+// A token's columns in the order of fragments, arriving.
+template <class G>
+struct Inbox {
+    const u32* row;  // of this lane's token; null: there is none, and its fragments are zero
+    int column;      // of word 0 in stage 0
+
+    __device__ Inbox(const u32* rows, int stride, int tokens) {
+        const int lane = threadIdx.x % 32;
+        row = lane / 4 < tokens ? rows + lane / 4 * stride : nullptr;
+        column = threadIdx.x / 32 * 64 + lane % 4 * 2;
+    }
+    __device__ __forceinline__ void look(int stage, Fragment& fragment) const {
+        const int first = column + stage * CONSUMERS * 64;
+        uint4 low = {}, high = {};
+        if (row && first < G::columns) {
+            const u32* from = row + pair_position(first);
+            low = peek_16(from), high = peek_16(from + 4);
+        }
+        const u32 words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < 8; i++) fragment.b[i] = is_column<G>(first, i) ? words[i] : 0;
+    }
+    static __device__ __forceinline__ bool is_there(const Fragment& fragment) {
+        bool there = true;
+#pragma unroll
+        for (int i = 0; i < 8; i++) there = there && fragment.b[i] != NOT_YET;
+        return there;
+    }
+    __device__ __forceinline__ void look_at_all(Fragment (&fragments)[G::stages]) const {
+#pragma unroll
+        for (int stage = 0; stage < G::stages; stage++) look(stage, fragments[stage]);
+    }
+    __device__ __forceinline__ void await(int stage, Fragment& fragment) const {
+        while (!is_there(fragment)) look(stage, fragment);
+        __syncwarp();
+    }
+    __device__ __forceinline__ void await_all(Fragment (&fragments)[G::stages]) const {
+        bool all;
+        do {
+            all = true;
+            look_at_all(fragments);
+#pragma unroll
+            for (int stage = 0; stage < G::stages; stage++) all = all && is_there(fragments[stage]);
+        } while (!all);
+        __syncwarp();
+    }
+};
