@@ -19,7 +19,6 @@ from nvfp4_experts.kernels.sm90 import gemm
 from nvfp4_experts.kernels.sm90.choice import decode_limit
 from nvfp4_experts.kernels.sm90.config import GemmConfig, GemmProblem, refusal
 from nvfp4_experts.kernels.sm90.table import TOKEN_LIMITS
-from nvfp4_experts.kernels.sm90.workspace import scratch_bytes
 from nvfp4_experts.kernels.target import target_of
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
 from nvfp4_experts.layouts.fragments import pack_fragments
@@ -122,13 +121,13 @@ def test_capture_once_replay_for_any_content(mode: tuple[str, str]) -> None:
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_memory_is_the_packed_weights_and_scratch_that_layers_share(activations: str) -> None:
-    device, values = torch.device("cuda"), 3 * 4096 * 2048
+    values = 3 * 4096 * 2048
     first = make((4096, 2048), (activations, "dynamic"), "auto")
-    before, scratch = torch.cuda.memory_allocated(), scratch_bytes(device)
+    before, scratch = torch.cuda.memory_allocated(), first.scratch_bytes
     second = make((4096, 2048), (activations, "dynamic"), "auto")
     assert torch.cuda.memory_allocated() - before <= 0.5625 * 1.02 * values
     if first.backend != "torch":
-        assert scratch_bytes(device) == scratch == second.scratch_bytes > 0
+        assert first.scratch_bytes == scratch == second.scratch_bytes > 0
     del second
 
 

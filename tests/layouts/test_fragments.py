@@ -11,9 +11,7 @@ from nvfp4_experts.errors import LayoutError
 from nvfp4_experts.formats.codes import E2M1_VALUES, pack_codes, unpack_codes
 from nvfp4_experts.layouts.fragments import (
     CHUNK_BYTES,
-    EXPONENT_BIT,
-    MANTISSA_BIT,
-    SIGN_BIT,
+    FROM_FIRST,
     fragment_bytes,
     pack_fragments,
     unpack_fragments,
@@ -27,14 +25,28 @@ def random_weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def offsets(row: int, column: int, columns: int) -> tuple[int, int, int]:
-    """Byte of the 16-bit half, register, byte of the scale: the closed form of the module docstring."""
+    """First byte of the two words, code 2 i + e in them, byte of the scale: the closed form of the module docstring."""
     chunks = -(-columns // 64)
     tile, h, g = row // 16, row % 16 // 8, row % 8
-    chunk, j, c = column // 64, column % 64 // 16, column % 8 // 2
-    second, odd = column % 16 // 8, column % 2
+    chunk, m, block, c = column // 64, column % 64 // 32, column % 64 // 16, column % 8 // 2
     start = (tile * chunks + chunk) * CHUNK_BYTES
-    lane, q = 4 * g + c, 2 * second + h
-    return start + lane * 16 + j * 4 + odd * 2, q, start + 512 + 8 * g + 4 * h + j
+    i = column % 32 // 16 * 4 + column % 16 // 8 * 2 + h
+    return start + (4 * g + c) * 16 + m * 8, 2 * i + column % 2, start + 512 + 8 * g + 4 * h + block
+
+
+def rotated(word: int, places: int) -> int:
+    return (word << places | word >> 32 - places) & 0xFFFFFFFF
+
+
+def registers_of(first: int, second: int) -> list[int]:
+    """The eight registers of two words, as the module docstring says."""
+    mixed = (first & 0x60306030) | (second & ~0x60306030)
+    return [rotated((first, second, mixed)[i % 3], 2 * i) & 0x81C081C0 for i in range(8)]
+
+
+def words_at(packed: list[int], start: int) -> tuple[int, int]:
+    first, second = (int.from_bytes(bytes(packed[at : at + 4]), "little") for at in (start, start + 4))
+    return first, second
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 1088), (48, 2048)], ids=str)
@@ -44,10 +56,9 @@ def test_every_element_is_where_the_closed_form_says(shape: tuple[int, int]) -> 
     nibbles = unpack_codes(codes).tolist()
     for row in range(0, shape[0], 3):
         for column in range(shape[1]):
-            half, q, scale = offsets(row, column, shape[1])
-            word = packed[half] | packed[half + 1] << 8
-            code = (word >> SIGN_BIT[q] & 1) << 3 | (word >> EXPONENT_BIT[q] & 3) << 1 | word >> MANTISSA_BIT[q] & 1
-            assert code == nibbles[row][column]
+            start, code, scale = offsets(row, column, shape[1])
+            half = registers_of(*words_at(packed, start))[code // 2] >> 16 * (code % 2) & 0xFFFF
+            assert half >> 12 | half >> 6 & 7 == nibbles[row][column]
             fp16 = torch.tensor(packed[scale] << 7, dtype=torch.int16).view(torch.float16)
             assert float(fp16) / 128 == float(scales[row, column // 16])
 
@@ -59,11 +70,14 @@ def test_golden_bytes() -> None:
     scales = torch.full((16, 4), 2.0**-9)
     scales[0, 0], scales[9, 3] = 448.0, 1.0
     packed = pack_fragments(pack_codes(nibbles), scales.to(torch.float8_e4m3fn)).tolist()
-    assert packed[0:4] == [0xC0, 0x81, 0x28, 0x00]  # lane 0, word 0: row 0 column 0 low half, row 8 column 1 high half
-    assert packed[5 * 16 + 12 : 5 * 16 + 16] == [0x00, 0x2C, 0x00, 0x00]  # lane 5, word 3: row 9 column 58
+    # Lane 0, words 0 and 1: row 0 column 0 is register 0, low half, of the first; row 8 column 1 register 1, high half,
+    # of the second, 2 bits lower. Lane 5, words 2 and 3: row 9 column 58 is register 7, low half, of the second: a
+    # sign 14 bits below 15, at 1, and magnitude 6 at bits 8..6, 14 lower: from 26 (it went round) on.
+    assert packed[0:4] == [0xC0, 0x81, 0x00, 0x00] and packed[4:8] == [0x00, 0x00, 0x50, 0x00]
+    assert packed[5 * 16 + 8 : 5 * 16 + 16] == [0x00, 0x00, 0x00, 0x00, 0x02, 0x00, 0x00, 0x06]
     assert packed[512] == 0xF6 and packed[512 + 4] == 0x68  # rows 0 and 8: fp16(448 * 128), fp16(2^-9 * 128), over 2^7
     assert packed[512 + 15] == 0xB0  # row 9, block 3: fp16(1 * 128) = 0x5800, over 2^7
-    assert sum(byte != 0 for byte in packed[:512]) == 4
+    assert sum(byte != 0 for byte in packed[:512]) == 5
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 288), (64, 1408), (32, 2304), (16, 7168)], ids=str)
@@ -86,20 +100,25 @@ def bf16(bits: int) -> float:
     return float(torch.tensor(bits, dtype=torch.uint16).view(torch.bfloat16).double())
 
 
-def test_masks_and_shifts_of_the_kernel_read_bf16_values() -> None:
-    """What decode.cu does to a word gives e2m1 * 2^-126 in every register and half, for every code."""
+def test_every_bit_of_two_words_is_a_code_bit() -> None:
+    """The sets {15, 8, 7, 6} - 2 i tile the words, so rotations and masks are all a kernel needs."""
+    taken = [[], [], []]
+    for i in range(8):
+        taken[i % 3] += [(bit + half - 2 * i) % 32 for bit in (15, 8, 7, 6) for half in (0, 16)]
+    first, second, mixed = map(set, taken)
+    assert [len(bits) for bits in taken] == [len(first), len(second), len(mixed)] == [24, 24, 16]
+    from_first = {bit for bit in range(32) if FROM_FIRST >> bit & 1}
+    assert first | (mixed & from_first) == second | (mixed - from_first) == set(range(32))
+    assert not first & mixed & from_first and not second & (mixed - from_first)
+
+
+def test_rotations_and_masks_of_the_kernel_read_bf16_values() -> None:
+    """What decode() of common.cuh does to two words gives e2m1 * 2^-126 in every register and half, for every code."""
     for code in range(16):
         codes = torch.full((16, 32), code | code << 4, dtype=torch.uint8)
-        packed = pack_fragments(codes, torch.ones(16, 4).to(torch.float8_e4m3fn))
-        word = packed[:4].view(torch.uint32).item()
-        registers = (
-            word & 0x81C081C0,
-            word << 3 & 0x81C081C0,
-            (word << 6 & 0x01C001C0) | (word << 1 & 0x80008000),
-            (word >> 3 & 0x01C001C0) | (word << 2 & 0x80008000),
-        )
-        for register in registers:
-            for half in (register & 0xFFFF, register >> 16 & 0xFFFF):
+        packed = pack_fragments(codes, torch.ones(16, 4).to(torch.float8_e4m3fn)).tolist()
+        for register in registers_of(*words_at(packed, 0)):
+            for half in (register & 0xFFFF, register >> 16):
                 assert bf16(half) * 2.0**126 == E2M1_VALUES[code]
 
 
@@ -111,8 +130,8 @@ def test_scale_arithmetic_of_the_kernel_gives_bf16_scales() -> None:
         for chunk in range(2):
             first = offsets(row, 64 * chunk, 128)[2]
             word = packed[first : first + 4].view(torch.uint32).item()
-            even = (word << 4 & 0x0FF00FF0) + 0x70007000
-            odd = (word >> 4 & 0x0FF00FF0) + 0x70007000
+            even = (word << 4 & 0x0FF00FF0) | 0x70007000
+            odd = (word >> 4 & 0x0FF00FF0) | 0x70007000
             for block, bits in enumerate((even & 0xFFFF, odd & 0xFFFF, even >> 16, odd >> 16)):
                 value, want = bf16(bits), float(scales[row, 4 * chunk + block])
                 assert value == want * 2.0**119 or want == 0 or (value != value and want != want)

@@ -5,19 +5,19 @@ A matrix (N, K) is cut into tiles of 16 rows and chunks of 64 columns (K padded 
 bytes, 512 of codes and then 64 of scales; the chunks of a tile follow each other, and the tiles:
 
     offset(tile, chunk) = (tile * ceil(K / 64) + chunk) * 576
-    codes  : lane l = 4 g + c owns bytes 16 l .. 16 l + 15, four 32-bit words j = 0..3; word j holds 8 codes,
-             rows g (h = 0) and g + 8 (h = 1), columns 16 j + 2 c + (0, 1, 8, 9)[i], i = 0..3
+    codes  : lane l = 4 g + c owns bytes 16 l .. 16 l + 15, four 32-bit words; words 2 m, 2 m + 1 hold 16 codes, the
+             registers i = 0..7 that mma.m16n8k16 and wgmma.m64nNk16 want of a lane for columns 32 m .. 32 m + 31:
+             two codes e = 0, 1 each, row g + 8 (i % 2), columns 32 m + 16 (i // 4) + 8 (i // 2 % 2) + 2 c + e
     scales : byte 8 g + 4 h + j is the scale of row g + 8 h, block j of the chunk
 
-so that word j is what m16n8k16 and m64nNk16 want of a lane for columns 16 j .. 16 j + 15, in the order of memory.
-Within a word, code (h, i) is half i % 2 of register q = 2 (i // 2) + h of the mma; its sign goes to bit SIGN_BIT[q] of
-that half, its exponent to bits EXPONENT_BIT[q] and the next, its mantissa to MANTISSA_BIT[q]. bf16 wants them at 15,
-8..7 and 6, where they read as e2m1 * 2^-126:
+A register is a pair of bf16 halves, and reads as e2m1 * 2^-126 with a code's sign at bit 15 of its half and its
+exponent and mantissa at bits 8..6. All 64 bits of the two words are codes, so that register i is a rotation and a mask:
 
-    register q      0           1           2           3
-    sign            15          12 (<<3)    14 (<<1)    13 (<<2)
-    exponent        8..7        5..4 (<<3)  2..1 (<<6)  11..10 (>>3)
-    mantissa        6           3 (<<3)     0 (<<6)     9 (>>3)
+    register i = (word rotated left by 2 i) & 0x81C081C0            word: (first, second, mixed)[i % 3]
+    mixed      = (first & 0x60306030) | (second & ~0x60306030)
+
+for the sets of bits {15, 8, 7, 6} - 2 i, modulo 16, cover each word without overlap: the first has i = 0, 3, 6, the
+second i = 1, 4, 7, and what is left of the two is i = 2, 5.
 
 A scale byte is the upper byte of fp16(scale * 2^7) without its sign, exact for every e4m3 scale. Moved by 4 bits and
 raised by 224 exponents it is bf16(scale * 2^119), NaN included; zero is not, so the codes under a zero scale are stored
@@ -25,6 +25,8 @@ with magnitude zero. Bytes: 0.5625 per weight (with K padded to 64).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -34,9 +36,9 @@ from ..formats.codes import BLOCK_SIZE, pack_codes, unpack_codes
 
 ROWS, COLUMNS = 16, 64
 CHUNK_BYTES = ROWS * COLUMNS // 2 + ROWS * COLUMNS // BLOCK_SIZE
-SIGN_BIT = (15, 12, 14, 13)
-EXPONENT_BIT = (7, 4, 1, 10)
-MANTISSA_BIT = (6, 3, 0, 9)
+REGISTERS = 8  # of two words
+FROM_FIRST = 0x60306030  # bits of a mixed word that are the first one's
+_CODE_BITS = 15, 8, 7, 6  # of the low half of a register: sign, exponent, mantissa
 _SCALE_SHIFT = 2.0**7
 
 
@@ -72,12 +74,14 @@ def pack_fragments(codes: Tensor, block_scales: Tensor) -> Tensor:
     bits = (block_scales.float() * _SCALE_SHIFT).half().view(torch.int16) >> 7
     scales = torch.nn.functional.pad(bits.to(torch.uint8), (0, pad // BLOCK_SIZE))
     tiles, chunks = rows // ROWS, nibbles.shape[1] // COLUMNS
-    # (tile, h, g, chunk, j, i // 2, c, i % 2) -> (tile, chunk, g, c, j, i // 2, h, i % 2): register q is (i // 2, h)
-    nibbles = nibbles.view(tiles, 2, 8, chunks, 4, 2, 4, 2).permute(0, 3, 2, 6, 4, 5, 1, 7)
-    sign, exponent, mantissa = _bit_places(nibbles.device)
-    places = (nibbles >> 3 << sign) | ((nibbles >> 1 & 3) << exponent) | ((nibbles & 1) << mantissa)
-    words = places.sum(dim=(-3, -2))
-    halves = words.to(torch.int16).contiguous().view(torch.uint8).view(tiles, chunks, ROWS * COLUMNS // 2)
+    # (tile, h, g, chunk, m, i // 2, c, e) -> (tile, chunk, g, c, m, i // 2, h, e): register i is (i // 2, h)
+    nibbles = nibbles.view(tiles, 2, 8, chunks, 2, 4, 4, 2).permute(0, 3, 2, 6, 4, 5, 1, 7)
+    nibbles = nibbles.reshape(tiles, chunks, ROWS * 2, 2, 2 * REGISTERS)
+    words = torch.zeros(*nibbles.shape[:-1], 2, dtype=torch.int32, device=nibbles.device)
+    for code, word, places in _code_places():
+        for bit, place in enumerate(places):
+            words[..., word[bit]] |= (nibbles[..., code] >> 3 - bit & 1) << place
+    halves = words.view(torch.uint8).view(tiles, chunks, ROWS * COLUMNS // 2)
     # (tile, h, g, chunk, j) -> (tile, chunk, g, h, j)
     scales = scales.view(tiles, 2, 8, chunks, 4).permute(0, 3, 2, 1, 4).reshape(tiles, chunks, -1)
     return torch.cat((halves, scales), dim=2).flatten()
@@ -96,16 +100,23 @@ def unpack_fragments(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, T
     tiles, chunks = rows // ROWS, -(-columns // COLUMNS)
     code_bytes = ROWS * COLUMNS // 2
     parts = packed.view(tiles, chunks, CHUNK_BYTES)
-    halves = parts[:, :, :code_bytes].contiguous().view(torch.int16).int().view(tiles, chunks, 8, 4, 4, 1, 1, 2)
-    sign, exponent, mantissa = _bit_places(packed.device)
-    nibbles = (halves >> sign & 1) << 3 | (halves >> exponent & 3) << 1 | (halves >> mantissa & 1)
-    nibbles = nibbles.permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(rows, -1)[:, :columns]
+    words = parts[:, :, :code_bytes].contiguous().view(torch.int32).view(tiles, chunks, ROWS * 2, 2, 2)
+    nibbles = torch.zeros(*words.shape[:-1], 2 * REGISTERS, dtype=torch.int32, device=packed.device)
+    for code, word, places in _code_places():
+        for bit, place in enumerate(places):
+            nibbles[..., code] |= (words[..., word[bit]] >> place & 1) << 3 - bit
+    nibbles = (
+        nibbles.view(tiles, chunks, 8, 4, 2, 4, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(rows, -1)[:, :columns]
+    )
     bits = parts[:, :, code_bytes:].reshape(tiles, chunks, 8, 2, 4).permute(0, 3, 2, 1, 4).reshape(rows, -1)
     scales = (bits[:, : columns // BLOCK_SIZE].to(torch.int16) << 7).view(torch.float16).float() / _SCALE_SHIFT
     return pack_codes(nibbles.to(torch.uint8)), scales.to(torch.float8_e4m3fn)
 
 
-def _bit_places(device: torch.device) -> Tensor:
-    """Sign, exponent and mantissa bit of each register, shaped to broadcast over (i // 2, h, i % 2)."""
-    places = (SIGN_BIT, EXPONENT_BIT, MANTISSA_BIT)
-    return torch.tensor(places, dtype=torch.int32, device=device).view(3, 2, 2, 1)
+def _code_places() -> Iterator[tuple[int, list[int], list[int]]]:
+    """Code 2 i + e of two words, and for each of its bits, sign first, which word it is in and where."""
+    for i in range(REGISTERS):
+        for e in range(2):
+            places = [(bit + 16 * e - 2 * i) % 32 for bit in _CODE_BITS]
+            mixed = [0 if FROM_FIRST >> place & 1 else 1 for place in places]
+            yield 2 * i + e, ([0] * 4, [1] * 4, mixed)[i % 3], places

@@ -35,7 +35,7 @@ from .mailbox import all_bytes, mailbox_bytes, mailboxes
 from .workspace import bytes_of, exclusive, reserve, scratch_bytes
 
 STAGES = 6
-_THREADS = 576
+_THREADS = 640
 _AMAX_ROWS = 512
 _STAGE_BYTES, _PARTIAL_BYTES, _SMALL_BYTES = 9216, 16384, 1024
 _MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}
@@ -176,7 +176,7 @@ def _compiler_problem() -> str | None:
 
 
 def _blocks(intermediate: int, device: torch.device) -> int:
-    """One block per multiprocessor, each with a tile of 8 gate and 8 up rows at least; blocks are in pairs (decode.cu)."""
+    """One block per multiprocessor, each with a tile of 8 gate and 8 up rows; an even number, for decode.cu."""
     return min((target_of(device).multiprocessors or 2) // 2 * 2, intermediate // 8)
 
 

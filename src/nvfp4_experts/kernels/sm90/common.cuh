@@ -79,6 +79,19 @@ __device__ __forceinline__ void load_pair(const Source* from, float& low, float&
     low = to_float(Source{(u16)pair}), high = to_float(Source{(u16)(pair >> 16)});
 }
 
+// Eight consecutive columns, 16 or 32 bytes.
+template <class Source>
+__device__ __forceinline__ void load8(const Source* from, float (&v)[8]) {
+    union {
+        uint4 words[sizeof(Source) / 2];
+        Source element[8];
+    } raw;
+#pragma unroll
+    for (int i = 0; i < (int)sizeof(Source) / 2; i++) raw.words[i] = __ldcg(reinterpret_cast<const uint4*>(from) + i);
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = to_float(raw.element[i]);
+}
+
 template <class Source>
 __device__ __forceinline__ void unpack16(const Raw<Source>& raw, float (&v)[16]) {
 #pragma unroll
@@ -172,12 +185,20 @@ __device__ __forceinline__ void transpose_quad(u32 (&words)[4]) {
 constexpr int CODE_BYTES = 512, CHUNK_BYTES = CODE_BYTES + 64;  // 16 rows x 64 columns: codes, then block scales
 constexpr float UNPACKED = 128.0f;  // undoes the 2^-7 that decoded weights carry; exact
 
-// Eight codes in a word as four bf16 pairs, e2m1 * 2^-126; bit places as in layouts/fragments.py.
-__device__ __forceinline__ void decode(u32 word, u32 (&pairs)[4]) {
-    pairs[0] = word & 0x81C081C0u;
-    pairs[1] = (word << 3) & 0x81C081C0u;
-    pairs[2] = ((word << 6) & 0x01C001C0u) | ((word << 1) & 0x80008000u);
-    pairs[3] = ((word >> 3) & 0x01C001C0u) | ((word << 2) & 0x80008000u);
+// Sixteen codes in two words as the A operands of two k16 steps, bf16 pairs of e2m1 * 2^-126; layouts/fragments.py says
+// why this is all of them.
+__device__ __forceinline__ u32 mixed_word(u32 first, u32 second) { return (first & 0x60306030u) | (second & ~0x60306030u); }
+__device__ __forceinline__ void decode(u32 first, u32 second, u32 (&a)[4], u32 (&b)[4]) {
+    constexpr u32 CODES = 0x81C081C0;
+    const u32 mixed = mixed_word(first, second);
+    a[0] = first & CODES;
+    a[1] = second << 2 & CODES;  // nothing that is kept goes round: a shift, which has more units than a rotation
+    a[2] = mixed << 4 & CODES;
+    a[3] = first << 6 & CODES;
+    b[0] = __funnelshift_l(second, second, 8) & CODES;
+    b[1] = __funnelshift_l(mixed, mixed, 10) & CODES;
+    b[2] = __funnelshift_l(first, first, 12) & CODES;
+    b[3] = __funnelshift_l(second, second, 14) & CODES;
 }
 
 // Two of four scale bytes, 0 and 2 or 1 and 3, as bf16(scale * 2^119): a byte is exponent and mantissa of bf16, 112 less
@@ -206,7 +227,7 @@ __device__ __forceinline__ u32 times_high(u32 pair, u32 scales) {
 // A lane's share of a chunk as the A operands of four k16 steps: a[j] = columns 16 j + {2c, 2c + 1 | 2c + 8, 2c + 9} of
 // rows g and g + 8, each e2m1 * block scale * 2^-7, exact. scales.x, .y: of rows g and g + 8, a byte a step.
 __device__ __forceinline__ void decode_chunk(uint4 codes, uint2 scales, u32 offsets, u32 (&a)[4][4]) {
-    decode(codes.x, a[0]), decode(codes.y, a[1]), decode(codes.z, a[2]), decode(codes.w, a[3]);
+    decode(codes.x, codes.y, a[0], a[1]), decode(codes.z, codes.w, a[2], a[3]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32 bytes = h ? scales.y : scales.x;

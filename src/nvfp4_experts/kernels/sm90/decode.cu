@@ -30,7 +30,7 @@
 #define DYNAMIC 2
 #define PER_TOKEN 3
 
-constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 18 * 32;
+constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 20 * 32;  // two warps idle
 constexpr int TOKENS = 8;
 constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
 constexpr int BLOCK = 16;
@@ -50,10 +50,10 @@ using L2 = Gemm<HIDDEN, INTERMEDIATE>;
 struct Shared {
     alignas(128) unsigned char stages[STAGES][STAGE_BYTES];
     alignas(128) float4 partials[2][CONSUMERS][32];
-    u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2];
+    u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2], has_box;
     u32 amax[2][TOKENS];          // of x, of h: bits of |.|, whose order is that of the values, NaN above all
     float token_scale[2][TOKENS];  // of x, of h: global scale of a token's activations
-    u32 scale_offsets;
+    u32 scale_offsets, box;  // box: of the mailbox, this launch's
 };
 
 #include "mailbox.cuh"
@@ -149,20 +149,6 @@ __device__ __forceinline__ void keep_token_scales(const float* static_scale, Sha
 // x as it is, in bf16.
 template <class G>
 __device__ __forceinline__ void enter_bf16(const Element* x, int tokens, Fragment (&fragments)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (is_bf16<Element>() && tokens == 1) {  // words one by one: cheaper than an exchange if it is for four lanes
-#pragma unroll
-        for (int stage = 0; stage < G::stages; stage++) {
-            const int first = (stage * CONSUMERS + warp) * 64 + lane % 4 * 2;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                fragments[stage].b[i] = 0;
-                if (lane < 4 && first + 8 * i < G::columns)
-                    fragments[stage].b[i] = __ldcg(reinterpret_cast<const u32*>(x + first + 8 * i));
-            }
-        }
-        return;
-    }
     Raw<Element> raw[G::stages];
     load_raw<G>(x, G::columns, tokens, false, raw);
 #pragma unroll
@@ -181,8 +167,9 @@ __device__ __forceinline__ void enter_bf16(const Element* x, int tokens, Fragmen
 }
 
 // This block's share of x to NVFP4 values for all blocks: four lanes a block of 16, each the two words it would multiply.
+template <class FindBox>
 __device__ __forceinline__ void post_share(const Element* x, int tokens, const float* static_scale, const Shared& shared,
-                                           Box& box) {
+                                           FindBox find_box) {
     constexpr int BLOCKS = HIDDEN / BLOCK;
     const int c = threadIdx.x % 4, step = gridDim.x * CONSUMERS * 8;
     for (int first = (blockIdx.x + threadIdx.x / 32 * gridDim.x) * 8; first < tokens * BLOCKS; first += step) {
@@ -201,7 +188,7 @@ __device__ __forceinline__ void post_share(const Element* x, int tokens, const f
         const BlockScale block = block_scale(largest, g, s);
 #pragma unroll
         for (int e = 0; e < 4; e++) v[e] = quantize_value(v[e], block);
-        if (is_one) post(&box.x[token][pair_position(column)], make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])));
+        if (is_one) post(&find_box().x[token][pair_position(column)], make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])));
     }
 }
 
@@ -363,6 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(shared_address(&shared.partial_full[i]), CONSUMERS);
             barrier_init(shared_address(&shared.partial_empty[i]), 1);
         }
+        barrier_init(shared_address(&shared.has_box), 1);
         barriers_are_made();
         shared.scale_offsets = SCALE_OFFSETS;
     }
@@ -373,6 +361,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (warp != PRODUCER) wait_for_launch_before();
 
     if (warp >= CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
             produce<L1>(gate_up, shared, ring);
@@ -381,6 +370,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             const int row = lane / 4, token = lane % 4 * 2;
             const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1], scale_of_down = *down_scale;
             const u32 number = launch_number(*mailbox);
+            if (lane == 0) {
+                shared.box = number % 2;
+                barrier_arrive(shared_address(&shared.has_box));
+            }
             Box& box = mailbox->boxes[number % 2];
             empty_share(mailbox->boxes[(number + 1) % 2]);
             float encode = 1.0f, decode = 1.0f;
@@ -406,12 +399,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     store(to + 8, (i ? sum.w : sum.z) * UNPACKED * scale);
                 }
             });
-            if (lane == 0) arrive(*mailbox);  // all consumers have asked for the launch's number: they gave their sums
+            if (blockIdx.x == 0 && lane == 0) mailbox->launches = number + 1;
         }
     } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         Ring<STAGES> ring;
         Ring<2> partial;
-        Box& box = mailbox->boxes[launch_number(*mailbox) % 2];
+        auto find_box = [&]() -> Box& {
+            barrier_wait(shared_address(&shared.has_box), 0);
+            return mailbox->boxes[shared.box];
+        };
         {
             Fragment fragments[L1::stages];
 #if ACTIVATIONS == BF16
@@ -424,14 +421,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 find_amax<0>(raw, shared);
             }
 #endif
-            post_share(x, tokens, input_scale, shared, box);
-            Inbox<L1>(&box.x[0][0], X_STRIDE / 2, tokens).await_all(fragments);
+            post_share(x, tokens, input_scale, shared, find_box);
+            const Inbox<L1> inbox(&find_box().x[0][0], X_STRIDE / 2, tokens);
+#pragma unroll
+            for (int i = 0; i < 8; i++) fragments[0].b[i] = NOT_YET;
+            inbox.await(0, fragments[0]);  // the rest is on its way then
+            inbox.look_at_all(fragments);
+#pragma unroll
+            for (int stage = 1; stage < L1::stages; stage++) inbox.await(stage, fragments[stage]);
 #endif
             keep_token_scales<0>(input_scale, shared);
             consume<L1>(warp, shared, ring, partial, fragments, [](int) {});
         }
         {
             Fragment fragments[L2::stages];
+            Box& box = find_box();
             const Inbox<L2> inbox(box.h, H_STRIDE / 2, tokens);
             if (ORDERED)
                 inbox.look_at_all(fragments);

@@ -334,10 +334,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
         barrier_expect(shared_address(&shared.summed), PARTS * groups * ROW_WARPS * 32 * sizeof(float4));
 #endif
     }
-    if (SPLIT > 1)
-        cluster_sync();
-    else
-        __syncthreads();
+    __syncthreads();
+    if (SPLIT > 1) cluster_sync();
     let_next_launch_begin();
 
     if (warp >= CONSUMERS) {

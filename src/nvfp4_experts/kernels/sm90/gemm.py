@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from ...errors import UnsupportedError
-from ...formats.codes import BLOCK_SIZE
 from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
 from ..dispatch import Call, Problem
 from ..target import target_of
@@ -35,7 +34,7 @@ from .workspace import Part, carve
 
 _BF16, _NVFP4 = 0, 3
 _OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ENTER_THREADS = 256
+_ENTER_THREADS, _ENTER_VALUES = 256, 8  # THREADS and VALUES of enter.cu
 _MODE = {"static": 1, "dynamic": 2, "per_token": 3}
 
 
@@ -171,10 +170,12 @@ def _enter(x: Tensor, mode: str, scale: Tensor | None, values: Tensor, partials:
     """x (T, K) to NVFP4 values (T, K) bf16; scale is read (static) or written."""
     if mode == "dynamic":
         kernel = _enter_kernel("amax_partials", mode, x.dtype, x.device)
-        launch_kernel(kernel, (_ENTER_THREADS,), _ENTER_THREADS, x, np.int64(x.numel() // BLOCK_SIZE), partials)
+        launch_kernel(kernel, (_ENTER_THREADS,), _ENTER_THREADS, x, np.int64(x.numel() // _ENTER_VALUES), partials)
     kernel = _enter_kernel("enter_nvfp4", mode, x.dtype, x.device)
     given, made = (scale, None) if mode == "static" else (None, scale)
-    launch_kernel(kernel, (x.shape[0],), _ENTER_THREADS, x, np.int32(x.shape[1]), given, partials, made, values)
+    tokens, columns = x.shape
+    along = 1 if mode == "per_token" else -(-columns // (_ENTER_THREADS * _ENTER_VALUES))  # a row's amax is one block's
+    launch_kernel(kernel, (tokens, along), _ENTER_THREADS, x, np.int32(columns), given, partials, made, values)
 
 
 def _enter_kernel(name: str, mode: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -14,7 +14,7 @@ struct Box {
     u32 amax[INTERMEDIATE / 8][TOKENS];  // of the 8 channels of a tile
 };
 struct alignas(128) Mailbox {
-    u64 arrivals;  // every launch raises it by its number of blocks
+    u32 launches;  // that have ended
     alignas(128) Box boxes[2];
 };
 static_assert(sizeof(Mailbox) == MAILBOX_BYTES, "backend.py allocates as much");
@@ -38,14 +38,11 @@ __device__ __forceinline__ void post(u32* to, uint2 words) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y));
 }
 
-// The number of this launch on its mailbox, if asked before this block arrives.
+// The number of this launch on its mailbox. One block ends it when all have asked: that is, when it has a word of each.
 __device__ __forceinline__ u32 launch_number(const Mailbox& mailbox) {
-    u64 arrivals;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(arrivals) : "l"(&mailbox.arrivals));
-    return arrivals / gridDim.x;
-}
-__device__ __forceinline__ void arrive(Mailbox& mailbox) {
-    asm volatile("red.relaxed.gpu.global.add.u64 [%0], 1;" ::"l"(&mailbox.arrivals));
+    u32 number;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(number) : "l"(&mailbox.launches));
+    return number;
 }
 
 // This block's share of the box of the next launch, by one warp.
@@ -101,18 +98,14 @@ struct Inbox {
 #pragma unroll
         for (int stage = 0; stage < G::stages; stage++) look(stage, fragments[stage]);
     }
+    // Until all words of a stage are there. Every block asks at once, so only the lanes of token 0 ask again and again:
+    // the other tokens' words come with theirs.
     __device__ __forceinline__ void await(int stage, Fragment& fragment) const {
-        while (!is_there(fragment)) look(stage, fragment);
-        __syncwarp();
-    }
-    __device__ __forceinline__ void await_all(Fragment (&fragments)[G::stages]) const {
-        bool all;
-        do {
-            all = true;
-            look_at_all(fragments);
-#pragma unroll
-            for (int stage = 0; stage < G::stages; stage++) all = all && is_there(fragments[stage]);
-        } while (!all);
-        __syncwarp();
+        while (__any_sync(~0u, !is_there(fragment))) {
+            if (threadIdx.x % 32 < 4)
+                while (!is_there(fragment)) look(stage, fragment);
+            __syncwarp();
+            look(stage, fragment);
+        }
     }
 };

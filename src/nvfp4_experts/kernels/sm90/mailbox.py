@@ -6,7 +6,7 @@ others. Launches on different streams may run at once, and so may different grap
 every stream, and every stream of a graph capture, that runs a shape has a mailbox of that shape, made on first use and
 kept for the life of the process (0.45 MB for V4-Pro).
 
-    arrivals     u64 in a line of 128 bytes, 0 at first
+    launches     that have ended, u32 in a line of 128 bytes, 0 at first
     2 boxes      x (8, H) bf16, h (8, I) fp32, both in rows of whole chunks; amax (I / 8, 8) u32; all ones at first
 """
 

@@ -2,7 +2,7 @@
 // Packed fragments (layouts/fragments.py) to e4m3 rows for an FP8 GEMM, each rounded in units of its amax / 448, byte
 // for byte as quantize_fp8_rows of formats/activations.py rounds the decoded row.
 //
-// A quad of lanes transposes its words of a chunk, so that lane c holds block c of rows g and g + 8: 16 codes of a row
+// A quad of lanes exchanges its words of a chunk, so that lane c holds block c of rows g and g + 8: 16 codes of a row
 // under one scale, 16 bytes of the result. Such a block has 8 magnitudes. They are rounded once, into 8 bytes in two
 // registers, and every code then picks its byte: a quarter of the multiplications and half of the conversions.
 //
@@ -35,6 +35,32 @@ __device__ __forceinline__ u32 pick(Magnitudes table, u32 index, u32 signs) {
     const u32 selectors = __byte_perm(pairs, 0, 0x4420);
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.low), "r"(table.high), "r"(selectors));
     return bytes | (signs & 0x80808080u);
+}
+
+__device__ __forceinline__ void swap(u32& a, u32& b) {
+    const u32 kept = a;
+    a = b, b = kept;
+}
+
+// Block c of a chunk is in words 2 (c / 2) and the next of all four lanes.
+__device__ __forceinline__ void gather_words(uint4 codes, u32 (&first)[2][2], u32 (&second)[2][2]) {
+    const bool upper = threadIdx.x & 2;
+    first[0][0] = upper ? codes.z : codes.x, second[0][0] = upper ? codes.w : codes.y;
+    first[1][0] = __shfl_xor_sync(~0u, upper ? codes.x : codes.z, 2);
+    second[1][0] = __shfl_xor_sync(~0u, upper ? codes.y : codes.w, 2);
+#pragma unroll
+    for (int j = 0; j < 2; j++) {
+        first[j][1] = __shfl_xor_sync(~0u, first[j][0], 1);
+        second[j][1] = __shfl_xor_sync(~0u, second[j][0], 1);
+    }
+}
+
+// The registers 4 `odd` .. 4 `odd` + 3 of two words; bits that are no code's stay in.
+__device__ __forceinline__ void registers_of(bool odd, u32 first, u32 second, u32 (&pairs)[4]) {
+    const u32 mixed = mixed_word(first, second);
+    const u32 words[3] = {odd ? second : first, odd ? mixed : second, odd ? first : mixed};  // (i + 4) % 3 = (i + 1) % 3
+#pragma unroll
+    for (int q = 0; q < 4; q++) pairs[q] = __funnelshift_l(words[q % 3], words[q % 3], 2 * q + 8 * odd);
 }
 
 // Blocks of one y take one tile; packed: tiles of `chunks` chunks. Row i of a tile is row
@@ -78,19 +104,28 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
 #pragma unroll
     for (int i = 0; i < CHUNKS_OF_WARP; i++) {
-        u32 words[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
-        transpose_quad(words);  // word j: columns 2 j, 2 j + 1, 2 j + 8, 2 j + 9 of the block
+        u32 first[2][2], second[2][2];  // the two words that hold this lane's block, [j][e] of lane c ^ (2 j + e)
+        gather_words(codes[i], first, second);
         const Magnitudes table[2] = {magnitudes(scale_bytes[i][0], inverses[g]),
                                      magnitudes(scale_bytes[i][1], inverses[g + 8])};
+        // Of lanes s, s + 1: columns 2 s .. 2 s + 3 of the block, and 8 more.
+        const u32 low_bytes = c % 2 ? 0x2064 : 0x6420, high_bytes = c % 2 ? 0x3175 : 0x7531;
         u32 out[2][4];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {  // columns 4 j .. 4 j + 3 and 8 more; bit places as in layouts/fragments.py
-            const u32 low = __byte_perm(words[2 * j], words[2 * j + 1], 0x6420);  // a byte a column
-            const u32 high = __byte_perm(words[2 * j], words[2 * j + 1], 0x7531);
-            out[0][j] = pick(table[0], (high << 2 & 0x04040404u) | (low >> 6 & 0x03030303u), high);
-            out[1][j] = pick(table[1], low >> 3 & 0x07070707u, high << 3);
-            out[0][j + 2] = pick(table[0], low & 0x07070707u, high << 1);
-            out[1][j + 2] = pick(table[1], high >> 1 & 0x07070707u, high << 2);
+        for (int j = 0; j < 2; j++) {
+            u32 pairs[2][4];
+#pragma unroll
+            for (int e = 0; e < 2; e++) registers_of(c % 2, first[j][e], second[j][e], pairs[e]);
+#pragma unroll
+            for (int q = 0; q < 4; q++) {  // a byte a column: the sign and the exponent's upper bit; what is below
+                const u32 low = __byte_perm(pairs[0][q], pairs[1][q], low_bytes);
+                const u32 high = __byte_perm(pairs[0][q], pairs[1][q], high_bytes);
+                out[q % 2][j + q / 2 * 2] = pick(table[q % 2], (high << 2 & 0x04040404u) | (low >> 6 & 0x03030303u), high);
+            }
+        }
+        if (c >= 2) {  // j was the other half's
+#pragma unroll
+            for (int h = 0; h < 2; h++) swap(out[h][0], out[h][1]), swap(out[h][2], out[h][3]);
         }
         const int column = (first_chunk + i) * COLUMNS + c * 16;
         if (column < columns) {
