@@ -133,9 +133,9 @@ MUTANTS = (
     Mutant(
         "a bit of a fragment in its neighbour's place",
         "layouts/fragments.py",
-        "EXPONENT_BIT = (7, 4, 1, 10)",
-        "EXPONENT_BIT = (7, 4, 2, 10)",
-        "tests/layouts/test_fragments.py::test_masks_and_shifts_of_the_kernel_read_bf16_values",
+        "_CODE_BITS = 15, 8, 7, 6",
+        "_CODE_BITS = 15, 8, 6, 7",
+        "tests/layouts/test_fragments.py::test_rotations_and_masks_of_the_kernel_read_bf16_values",
     ),
     Mutant(
         "halves of a fragment word exchanged",
