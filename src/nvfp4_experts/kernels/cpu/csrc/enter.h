@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// Hidden states into the form a GEMM reads: formats/activations.py, bit for bit, and the order of the values in memory.
+//
+//   nvfp4   block of 16: 2 * e2m1 as int8, the fp32 block scale over 4 (the two factors of 2 taken back), and for
+//           instructions that take unsigned weights w + 12 what that adds to a dot product: -12 * sum of the block
+//   others  bf16 values, or e4m3 values with a scale per token; in fp32, or as pairs of bf16 where a tier multiplies such
+//
+// The tokens of a group (the last one may be smaller, n tokens) are interleaved, so that a kernel reads one stream:
+//
+//   nvfp4   block b: n x 16 bytes of codes, n x int32, n x fp32         at b * 24 n
+//   fp32    column k: n values                                         at k * 4 n
+//   bf16    pair p: n pairs, columns pair_column(p) and that + 2       at p * 4 n
+#pragma once
+
+#include "multiply.h"
+
+namespace nvfp4 {
+namespace NVFP4_TIER {
+
+// Columns that share a 32-bit lane of bf16 weights: those whose codes are 16 bits apart in the packed form.
+NVFP4_INLINE int64_t pair_column(int64_t pair) { return pair / 4 * 8 + pair % 2 * 4 + pair % 4 / 2; }
+
+NVFP4_INLINE uint32_t largest_lane(U v) {
+  uint32_t largest = 0;
+  for (int lane = 0; lane < kLanes; ++lane) largest = v[lane] > largest ? v[lane] : largest;
+  return largest;
+}
+
+// As integers magnitudes sort like the numbers, and NaN above infinity: a NaN is never lost.
+NVFP4_INLINE U larger(U a, U b) { return a > b ? a : b; }
+
+static uint32_t row_amax(const void* x, int32_t element, int64_t row, int64_t columns) {
+  U largest{};
+  for (int64_t k = 0; k < columns; k += kLanes)
+    largest = larger(largest, (U)load_elements(x, element, row * columns + k) & kMagnitude);
+  return largest_lane(largest);
+}
+
+constexpr float kAmaxFloor = 1.0f / (1 << 30) / (1 << 30) / (1 << 30) / (1 << 10);  // 2^-100
+constexpr float kNvfp4Max = 6.0f * 448.0f;
+
+struct GlobalScales {
+  float encode, decode;
+};
+
+static GlobalScales global_scales(const Entry& entry, uint32_t amax_bits) {
+  const float nan = float_of(kNaN);
+  if (entry.scale_mode == kStatic) {
+    float s = *entry.static_scale;
+    bool usable = s >= kAmaxFloor / kNvfp4Max && s <= float_of(0x7F7FFFFF) / kNvfp4Max;
+    s = usable ? s : nan;
+    return {1.0f / s, s};
+  }
+  if (amax_bits >= kInfinity) return {nan, nan};
+  float amax = float_of(amax_bits);
+  if (amax < kAmaxFloor) return {1.0f, 1.0f};
+  float g = kNvfp4Max / amax;
+  return {g, 1.0f / g};
+}
+
+// e4m3 of a number that is not negative, as fp32; NaN stays NaN.
+NVFP4_INLINE float block_scale(float v) { return round_e4m3(splat(v))[0]; }
+
+static void enter_nvfp4_row(const Entry& entry, int64_t token, GlobalScales scale, uint8_t* block, int64_t n, int64_t i) {
+  for (int64_t k = 0; k < entry.columns; k += kBlock, block += 24 * n) {
+    F x[kVectors];
+    U amax{};
+    for (int v = 0; v < kVectors; ++v) {
+      x[v] = load_elements(entry.x, entry.element, token * entry.columns + k + v * kLanes);
+      amax = larger(amax, (U)x[v] & kMagnitude);
+    }
+    float stored = block_scale(scale.encode * (float_of(largest_lane(amax)) * (1.0f / 6.0f)));
+    float inverse = stored == 0 ? 0.0f : 1.0f / (stored * scale.decode);
+    I sum{};
+    for (int v = 0; v < kVectors; ++v) {
+      I twice = round_twice_e2m1(x[v] * splat(inverse));
+      sum += twice;
+      store(block + 16 * i + v * kLanes, __builtin_convertvector((U)twice, B));
+    }
+    int32_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+    total *= -kWeightBias;
+    stored *= 0.25f / kScaleUnit;
+    memcpy(block + 16 * n + 4 * i, &total, 4);
+    memcpy(block + 20 * n + 4 * i, &stored, 4);
+  }
+}
+
+static void enter_float_row(const Entry& entry, int64_t token, float factor, uint8_t* values, int64_t n, int64_t i) {
+  for (int64_t k = 0; k < entry.columns; k += kBlock) {
+    float row[kBlock];
+    for (int v = 0; v < kVectors; ++v) {
+      F x = load_elements(entry.x, entry.element, token * entry.columns + k + v * kLanes);
+      x = entry.activations == kFp8 ? round_e4m3(x * splat(factor)) : (F)(round_bf16(x) << 16);
+      store(row + v * kLanes, x);
+    }
+#if defined(__AVX512BF16__)
+    for (int64_t pair = 0; pair < kBlock / 2; ++pair) {
+      int64_t column = pair_column(pair);
+      uint32_t both = bits_of(row[column]) >> 16 | (bits_of(row[column + 2]) & 0xFFFF0000u);
+      memcpy(values + 4 * ((k / 2 + pair) * n + i), &both, 4);
+    }
+#else
+    for (int64_t j = 0; j < kBlock; ++j) memcpy(values + 4 * ((k + j) * n + i), row + j, 4);
+#endif
+  }
+}
+
+static int64_t value_bytes(int32_t activations, int64_t columns) {
+  if (activations == kNvfp4) return columns / kBlock * 24;
+#if defined(__AVX512BF16__)
+  return columns * 2;
+#else
+  return columns * 4;
+#endif
+}
+
+static void enter(const Entry& entry, int64_t group) {
+  const int64_t first = group * kGroup;
+  const int64_t n = entry.tokens - first < kGroup ? entry.tokens - first : kGroup;
+  uint8_t* values = entry.values + first * value_bytes(entry.activations, entry.columns);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t token = first + i;
+    float scale = 1.0f, factor = 1.0f;
+    if (entry.activations == kNvfp4) {
+      uint32_t amax = entry.scale_mode == kDynamic ? *entry.amax_bits : 0;
+      if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, token, entry.columns);
+      GlobalScales both = global_scales(entry, amax);
+      scale = both.decode;
+      enter_nvfp4_row(entry, token, both, values, n, i);
+    } else {
+      if (entry.activations == kFp8) {
+        float amax = float_of(row_amax(entry.x, entry.element, token, entry.columns));
+        amax = amax < kAmaxFloor ? kAmaxFloor : amax;
+        factor = 448.0f / amax;
+        scale = amax / 448.0f;
+      }
+      enter_float_row(entry, token, factor, values, n, i);
+    }
+    entry.scales[token] = scale;
+  }
+}
+
+}  // namespace NVFP4_TIER
+}  // namespace nvfp4
