@@ -58,32 +58,64 @@ static GlobalScales global_scales(const Entry& entry, uint32_t amax_bits) {
   return {g, 1.0f / g};
 }
 
-// e4m3 of a number that is not negative, as fp32; NaN stays NaN.
-NVFP4_INLINE float block_scale(float v) { return round_e4m3(splat(v))[0]; }
+// Largest lane, and sum of lanes, of kVectors vectors: of a block of 16.
+NVFP4_INLINE uint32_t largest_of_block(const U (&v)[kVectors]) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_epu32((__m512i)v[0]);
+#else
+  U largest = v[0];
+  for (int i = 1; i < kVectors; ++i) largest = larger(largest, v[i]);
+  return largest_lane(largest);
+#endif
+}
 
-static void enter_nvfp4_row(const Entry& entry, int64_t token, GlobalScales scale, uint8_t* block, int64_t n, int64_t i) {
-  for (int64_t k = 0; k < entry.columns; k += kBlock, block += 24 * n) {
-    F x[kVectors];
+NVFP4_INLINE int32_t sum_of_block(const I (&v)[kVectors]) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)v[0]);
+#else
+  I sum = v[0];
+  for (int i = 1; i < kVectors; ++i) sum += v[i];
+  int32_t total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
+  return total;
+#endif
+}
+
+// One row to NVFP4; returns whether some block is NaN. Scales are computed for kLanes blocks at a time. What is stored
+// as the scale of a block is always finite and positive: under a zero scale all codes are zero, so any scale will do,
+// and a NaN block makes the whole row of results NaN, for which the caller has the row's scale.
+static bool enter_nvfp4_row(const Entry& entry, int64_t token, GlobalScales scale, uint8_t* values, int64_t n, int64_t i) {
+  const int64_t blocks = entry.columns / kBlock, row = token * entry.columns;
+  U any_nan{};
+  for (int64_t first = 0; first < blocks; first += kLanes) {
+    const int count = static_cast<int>(blocks - first < kLanes ? blocks - first : kLanes);
     U amax{};
-    for (int v = 0; v < kVectors; ++v) {
-      x[v] = load_elements(entry.x, entry.element, token * entry.columns + k + v * kLanes);
-      amax = larger(amax, (U)x[v] & kMagnitude);
+    for (int b = 0; b < count; ++b) {
+      U magnitude[kVectors];
+      for (int v = 0; v < kVectors; ++v)
+        magnitude[v] = (U)load_elements(entry.x, entry.element, row + (first + b) * kBlock + v * kLanes) & kMagnitude;
+      amax[b] = largest_of_block(magnitude);
     }
-    float stored = block_scale(scale.encode * (float_of(largest_lane(amax)) * (1.0f / 6.0f)));
-    float inverse = stored == 0 ? 0.0f : 1.0f / (stored * scale.decode);
-    I sum{};
-    for (int v = 0; v < kVectors; ++v) {
-      I twice = round_twice_e2m1(x[v] * splat(inverse));
-      sum += twice;
-      store(block + 16 * i + v * kLanes, __builtin_convertvector((U)twice, B));
+    F stored = round_e4m3(splat(scale.encode) * ((F)amax * splat(1.0f / 6.0f)));
+    F inverse = stored == 0.0f ? F{} : splat(1.0f) / (stored * splat(scale.decode));
+    any_nan |= (U)(stored != stored);
+    F held = stored > kLeastScale ? stored : splat(kLeastScale);
+    held = held * splat(0.25f / kScaleUnit);
+    for (int b = 0; b < count; ++b) {
+      uint8_t* block = values + (first + b) * 24 * n;
+      I twice[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        F x = load_elements(entry.x, entry.element, row + (first + b) * kBlock + v * kLanes);
+        twice[v] = round_twice_e2m1(x * splat(inverse[b]));
+        store(block + 16 * i + v * kLanes, __builtin_convertvector((U)twice[v], B));
+      }
+      int32_t start = -kWeightBias * sum_of_block(twice);
+      float block_scale = held[b];
+      memcpy(block + 16 * n + 4 * i, &start, 4);
+      memcpy(block + 20 * n + 4 * i, &block_scale, 4);
     }
-    int32_t total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-    total *= -kWeightBias;
-    stored *= 0.25f / kScaleUnit;
-    memcpy(block + 16 * n + 4 * i, &total, 4);
-    memcpy(block + 20 * n + 4 * i, &stored, 4);
   }
+  return largest_lane(any_nan) != 0;
 }
 
 static void enter_float_row(const Entry& entry, int64_t token, float factor, uint8_t* values, int64_t n, int64_t i) {
@@ -126,8 +158,7 @@ static void enter(const Entry& entry, int64_t group) {
       uint32_t amax = entry.scale_mode == kDynamic ? *entry.amax_bits : 0;
       if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, token, entry.columns);
       GlobalScales both = global_scales(entry, amax);
-      scale = both.decode;
-      enter_nvfp4_row(entry, token, both, values, n, i);
+      scale = enter_nvfp4_row(entry, token, both, values, n, i) ? float_of(kNaN) : both.decode;
     } else {
       if (entry.activations == kFp8) {
         float amax = float_of(row_amax(entry.x, entry.element, token, entry.columns));

@@ -31,6 +31,15 @@ NVFP4_INLINE Tile tile_at(const uint8_t* weights, int64_t columns, int64_t tile)
   return {codes, codes + columns * 8};
 }
 
+// Asks for a block that will be decoded later. Decoding comes in bursts, which the processor does not foresee.
+NVFP4_INLINE void prefetch_block(const Tile& tile, int64_t b) {
+  __builtin_prefetch(tile.codes + b * kCodeBytes);
+  __builtin_prefetch(tile.codes + b * kCodeBytes + 64);
+  __builtin_prefetch(tile.scales + b * kRows);
+}
+
+constexpr int64_t kAhead = 8;  // blocks, where weights are decoded as they are read
+
 typedef float Sums[2][kRows];  // of one token
 
 template <int R, int N>
@@ -49,16 +58,23 @@ NVFP4_INLINE void store_sums(Sums* sums, int first_tile, const F (&sum)[N][R][kV
 
 // ---- NVFP4 activations -------------------------------------------------------------------------------------------------
 
-struct IntegerFromTiles {
+struct FromTiles {
+  using Block = IntegerBlock;
   Tile tiles[2];
-  NVFP4_MEMBER void load(int tile, int64_t b, IntegerBlock& block) const {
-    load_block(tiles[tile].codes + b * kCodeBytes, tiles[tile].scales + b * kRows, block);
+  NVFP4_MEMBER void load(int tile, int64_t b, Block& block) const {
+    prefetch_block(tiles[tile], b + kAhead);
+    block.load(tiles[tile].codes + b * kCodeBytes, tiles[tile].scales + b * kRows);
   }
 };
 
-struct IntegerFromPanel {
-  const IntegerBlock* blocks;  // (run, tile)
-  NVFP4_MEMBER void load(int tile, int64_t b, IntegerBlock& block) const { block = blocks[2 * b + tile]; }
+struct FromPanel {
+#if defined(__AVX512F__)
+  using Block = PanelBlock;
+#else
+  using Block = IntegerBlock;
+#endif
+  const Block (*blocks)[2];  // (run, tile)
+  NVFP4_MEMBER void load(int tile, int64_t b, Block& block) const { block = blocks[b][tile]; }
 };
 
 template <int R, int N, class From>
@@ -66,7 +82,7 @@ static void multiply_integer(const From& from, int tile, const uint8_t* x, int64
   F sum[N][R][kVectors];
   load_sums<R, N>(sums, tile, sum);
   for (int64_t b = 0; b < blocks; ++b, x += 24 * N) {
-    IntegerBlock block[R];
+    typename From::Block block[R];
     for (int r = 0; r < R; ++r) from.load(tile + r, b, block[r]);
     for (int t = 0; t < N; ++t) {
       int32_t start;
@@ -76,7 +92,7 @@ static void multiply_integer(const From& from, int tile, const uint8_t* x, int64
       for (int r = 0; r < R; ++r)
         for (int v = 0; v < kVectors; ++v) {
           F product = __builtin_convertvector(dot(block[r].codes, v, x + 16 * t, start), F);
-          sum[t][r][v] = exact_product_add(product, block[r].scale[v] * splat(scale), sum[t][r][v]);
+          sum[t][r][v] = exact_product_add(product, block[r].scale_with(scale, v), sum[t][r][v]);
         }
     }
   }
@@ -156,6 +172,7 @@ static void multiply_pairs(Tile tile, int which, const uint8_t* x, int64_t block
   F sum[N][1][1];
   load_sums<1, N>(sums, which, sum);
   for (int64_t b = 0; b < blocks; ++b, x += 32 * N) {
+    prefetch_block(tile, b + kAhead);
     __m512i w[2][4];
     for (int j = 0; j < 2; ++j) load_pairs(tile.codes + b * kCodeBytes + 64 * j, w[j]);
     F scale = load_scales(tile.scales + b * kRows, 0) * splat(1 / kScaleUnit);

@@ -53,6 +53,16 @@ NVFP4_INLINE void for_groups(const Piece& piece, int64_t token_bytes, Sums* sums
   }
 }
 
+#if defined(__AVX512F__)
+NVFP4_INLINE void load_panel(PanelBlock& block, const uint8_t* codes, const uint8_t* scales, uint32_t& nan_rows) {
+  nan_rows |= block.load(codes, scales);
+}
+#else
+NVFP4_INLINE void load_panel(IntegerBlock& block, const uint8_t* codes, const uint8_t* scales, uint32_t&) {
+  block.load(codes, scales);
+}
+#endif
+
 static void integer_sums(const Piece& piece, Sums* sums) {
   const int64_t blocks = piece.half.columns / kBlock, token_bytes = value_bytes(kNvfp4, piece.half.columns);
   auto run = [&](const auto& from, int64_t first, int64_t count) {
@@ -64,16 +74,22 @@ static void integer_sums(const Piece& piece, Sums* sums) {
       });
     });
   };
-  if (piece.tokens <= kGroup) return run(IntegerFromTiles{{piece.tile[0], piece.tile[1]}}, 0, blocks);
-  constexpr int64_t kRun = 32;
-  IntegerBlock panel[kRun][2];
+  if (piece.tokens <= kGroup) return run(FromTiles{{piece.tile[0], piece.tile[1]}}, 0, blocks);
+  constexpr int64_t kRun = 16;
+  FromPanel::Block panel[kRun][2];
+  uint32_t nan_rows[2] = {0, 0};
   for (int64_t first = 0; first < blocks; first += kRun) {
     const int64_t count = blocks - first < kRun ? blocks - first : kRun;
-    const IntegerFromTiles tiles{{piece.tile[0], piece.tile[1]}};
-    for (int64_t b = 0; b < count; ++b)
-      for (int tile = 0; tile < piece.tiles; ++tile) tiles.load(tile, first + b, panel[b][tile]);
-    run(IntegerFromPanel{panel[0]}, first, count);
+    for (int64_t b = first; b < first + count; ++b)
+      for (int r = 0; r < piece.tiles; ++r) {
+        prefetch_block(piece.tile[r], b + kRun);
+        load_panel(panel[b - first][r], piece.tile[r].codes + b * kCodeBytes, piece.tile[r].scales + b * kRows, nan_rows[r]);
+      }
+    run(FromPanel{panel}, first, count);
   }
+  for (int r = 0; r < piece.tiles; ++r)
+    for (int lane = 0; nan_rows[r] >> lane; ++lane)
+      for (int64_t t = 0; (nan_rows[r] >> lane & 1) && t < piece.tokens; ++t) sums[t][r][lane] = float_of(kNaN);
 }
 
 NVFP4_INLINE F row_amax_values(const uint16_t* row_amax, int v) {
@@ -132,7 +148,10 @@ static void float_sums(const Piece& piece, Sums* sums) {
   for (int64_t first = 0; first < columns; first += kRunColumns) {
     const int64_t count = columns - first < kRunColumns ? columns - first : kRunColumns;
     for (int64_t k = 0; k < count; k += kBlock)
-      for (int tile = 0; tile < piece.tiles; ++tile) decode_floats(piece, tile, (first + k) / kBlock, panel, k);
+      for (int tile = 0; tile < piece.tiles; ++tile) {
+        prefetch_block(piece.tile[tile], (first + k + kRunColumns) / kBlock);
+        decode_floats(piece, tile, (first + k) / kBlock, panel, k);
+      }
     for_groups(piece, token_bytes, sums, [&](const uint8_t* values, int64_t tokens, Sums* group_sums) {
       with_count<kGroup>(tokens, [&](auto n) {
         const uint8_t* run = values + first * (token_bytes / columns) * n.value;
