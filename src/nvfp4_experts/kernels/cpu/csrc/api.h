@@ -84,7 +84,7 @@ struct Kernels {
 
 constexpr int64_t kRows = 16;        // of a tile
 constexpr int64_t kBlock = 16;       // columns under one scale
-constexpr int64_t kTokenBlock = 64;  // tokens that meet a pair of tiles in one piece of work
+constexpr int64_t kTokenBlock = 128;  // tokens that meet a pair of tiles in one piece of work
 
 struct Tier {
   const char* name;

@@ -58,7 +58,7 @@ static GlobalScales global_scales(const Entry& entry, uint32_t amax_bits) {
   return {g, 1.0f / g};
 }
 
-// Largest lane, and sum of lanes, of kVectors vectors: of a block of 16.
+// The largest of a block's 16 magnitudes.
 NVFP4_INLINE uint32_t largest_of_block(const U (&v)[kVectors]) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_epu32((__m512i)v[0]);
@@ -69,50 +69,49 @@ NVFP4_INLINE uint32_t largest_of_block(const U (&v)[kVectors]) {
 #endif
 }
 
-NVFP4_INLINE int32_t sum_of_block(const I (&v)[kVectors]) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_epi32((__m512i)v[0]);
+// What a block's dot products start from; see dot.h.
+NVFP4_INLINE int32_t start_of_block(const uint8_t* codes) {
+#if defined(__AVX2__)
+  __m128i unsigned_codes = _mm_add_epi8(load<__m128i>(codes), _mm_set1_epi8(12));
+  __m128i halves = _mm_sad_epu8(unsigned_codes, _mm_setzero_si128());
+  return -kWeightBias * (_mm_cvtsi128_si32(halves) + _mm_extract_epi16(halves, 4) - 16 * 12);
 #else
-  I sum = v[0];
-  for (int i = 1; i < kVectors; ++i) sum += v[i];
-  int32_t total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sum[lane];
-  return total;
+  static_assert(kWeightBias == 0, "the sum of the block would be needed");
+  return codes ? 0 : 0;
 #endif
 }
 
 // One row to NVFP4; returns whether some block is NaN. Scales are computed for kLanes blocks at a time. What is stored
 // as the scale of a block is always finite and positive: under a zero scale all codes are zero, so any scale will do,
 // and a NaN block makes the whole row of results NaN, for which the caller has the row's scale.
+template <int32_t kElement>
 static bool enter_nvfp4_row(const Entry& entry, int64_t token, GlobalScales scale, uint8_t* values, int64_t n, int64_t i) {
   const int64_t blocks = entry.columns / kBlock, row = token * entry.columns;
   U any_nan{};
   for (int64_t first = 0; first < blocks; first += kLanes) {
     const int count = static_cast<int>(blocks - first < kLanes ? blocks - first : kLanes);
-    U amax{};
+    uint32_t amax[kLanes] = {};
     for (int b = 0; b < count; ++b) {
       U magnitude[kVectors];
       for (int v = 0; v < kVectors; ++v)
-        magnitude[v] = (U)load_elements(entry.x, entry.element, row + (first + b) * kBlock + v * kLanes) & kMagnitude;
+        magnitude[v] = (U)load_elements(entry.x, kElement, row + (first + b) * kBlock + v * kLanes) & kMagnitude;
       amax[b] = largest_of_block(magnitude);
     }
-    F stored = round_e4m3(splat(scale.encode) * ((F)amax * splat(1.0f / 6.0f)));
-    F inverse = stored == 0.0f ? F{} : splat(1.0f) / (stored * splat(scale.decode));
+    F stored = round_e4m3(splat(scale.encode) * (load<F>(amax) * splat(1.0f / 6.0f)));
     any_nan |= (U)(stored != stored);
-    F held = stored > kLeastScale ? stored : splat(kLeastScale);
-    held = held * splat(0.25f / kScaleUnit);
+    float inverse[kLanes], held[kLanes];
+    store(inverse, stored == 0.0f ? F{} : splat(1.0f) / (stored * splat(scale.decode)));
+    store(held, (stored > kLeastScale ? stored : splat(kLeastScale)) * splat(0.25f / kScaleUnit));
     for (int b = 0; b < count; ++b) {
       uint8_t* block = values + (first + b) * 24 * n;
-      I twice[kVectors];
       for (int v = 0; v < kVectors; ++v) {
-        F x = load_elements(entry.x, entry.element, row + (first + b) * kBlock + v * kLanes);
-        twice[v] = round_twice_e2m1(x * splat(inverse[b]));
-        store(block + 16 * i + v * kLanes, __builtin_convertvector((U)twice[v], B));
+        F x = load_elements(entry.x, kElement, row + (first + b) * kBlock + v * kLanes);
+        I twice = round_twice_e2m1(x * splat(inverse[b]));
+        store(block + 16 * i + v * kLanes, __builtin_convertvector((U)twice, B));
       }
-      int32_t start = -kWeightBias * sum_of_block(twice);
-      float block_scale = held[b];
+      int32_t start = start_of_block(block + 16 * i);
       memcpy(block + 16 * n + 4 * i, &start, 4);
-      memcpy(block + 20 * n + 4 * i, &block_scale, 4);
+      memcpy(block + 20 * n + 4 * i, held + b, 4);
     }
   }
   return largest_lane(any_nan) != 0;
@@ -158,7 +157,10 @@ static void enter(const Entry& entry, int64_t group) {
       uint32_t amax = entry.scale_mode == kDynamic ? *entry.amax_bits : 0;
       if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, token, entry.columns);
       GlobalScales both = global_scales(entry, amax);
-      scale = enter_nvfp4_row(entry, token, both, values, n, i) ? float_of(kNaN) : both.decode;
+      auto row = entry.element == kElementBf16   ? enter_nvfp4_row<kElementBf16>
+                 : entry.element == kElementFp16 ? enter_nvfp4_row<kElementFp16>
+                                                 : enter_nvfp4_row<kElementFp32>;
+      scale = row(entry, token, both, values, n, i) ? float_of(kNaN) : both.decode;
     } else {
       if (entry.activations == kFp8) {
         float amax = float_of(row_amax(entry.x, entry.element, token, entry.columns));

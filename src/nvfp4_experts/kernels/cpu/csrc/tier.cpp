@@ -97,33 +97,35 @@ NVFP4_INLINE F row_amax_values(const uint16_t* row_amax, int v) {
   return amax < kAmaxFloor ? splat(kAmaxFloor) : amax;
 }
 
+#if !defined(__AVX512BF16__)
 // e2m1 of a nibble as fp32: its fields moved, 0 and 0.5 apart.
 NVFP4_INLINE F decode_code(U nibble) {
   U magnitude = nibble & 7u;
   U small = (0u - magnitude) & 0x3F000000u;
   return (F)((magnitude < 2u ? small : (magnitude << 22) + 0x3F000000u) | (nibble & 8u) << 28);
 }
+#endif
 
 // One block of a tile into a panel: e2m1 * e4m3, exact in bf16; for fp8 then e4m3(that * 448 / row amax).
+template <bool kIsFp8>
 static void decode_floats(const Piece& piece, int tile, int64_t b, FloatPanel& panel, int64_t run_column) {
-  const bool fp8 = piece.half.activations == kFp8;
   for (int v = 0; v < kVectors; ++v) {
-    F scale = load_scales(piece.tile[tile].scales + b * kRows, v) * splat(1 / kScaleUnit);
-    F factor = fp8 ? splat(448.0f) / row_amax_values(piece.row_amax[tile], v) : splat(1.0f);
+    const F scale = load_scales(piece.tile[tile].scales + b * kRows, v) * splat(1 / kScaleUnit);
+    const F factor = kIsFp8 ? splat(448.0f) / row_amax_values(piece.row_amax[tile], v) : F{};
+    auto scaled = [&](F code) { return kIsFp8 ? round_e4m3(code * scale * factor) : code * scale; };
     for (int j = 0; j < 2; ++j) {
-      U four = load<U>(piece.tile[tile].codes + b * kCodeBytes + 64 * j + 4 * kLanes * v);
-      auto column = [&](int k) {
-        F value = decode_code(four >> (k % 4 * 8 + k / 4 * 4)) * scale;
-        return fp8 ? round_e4m3(value * factor) : value;
-      };
+      const uint8_t* codes = piece.tile[tile].codes + b * kCodeBytes + 64 * j + 4 * kLanes * v;
 #if defined(__AVX512BF16__)
+      __m512i pairs[4];
+      load_pairs(codes, pairs);
       for (int pair = 0; pair < 4; ++pair) {
-        int k = static_cast<int>(pair_column(pair));
-        U both = (U)column(k) >> 16 | ((U)column(k + 2) & 0xFFFF0000u);
-        store(panel.at[run_column / 2 + 4 * j + pair][tile], both);
+        U first = (U)scaled((F)((U)pairs[pair] << 16)), second = (U)scaled((F)((U)pairs[pair] & 0xFFFF0000u));
+        store(panel.at[run_column / 2 + 4 * j + pair][tile], first >> 16 | second);
       }
 #else
-      for (int k = 0; k < 8; ++k) store(panel.at[run_column + 8 * j + k][tile] + v * kLanes, column(k));
+      U four = load<U>(codes);
+      for (int k = 0; k < 8; ++k)
+        store(panel.at[run_column + 8 * j + k][tile] + v * kLanes, scaled(decode_code(four >> (k % 4 * 8 + k / 4 * 4))));
 #endif
     }
   }
@@ -133,7 +135,7 @@ static void float_sums(const Piece& piece, Sums* sums) {
   const int64_t columns = piece.half.columns, token_bytes = value_bytes(kBf16, columns);
 #if defined(__AVX512BF16__)
   // Decoding into a panel costs what it saves at about this many tokens.
-  constexpr int64_t kPanelTokens = 24;
+  constexpr int64_t kPanelTokens = 16;
   if (piece.half.activations == kBf16 && piece.tokens <= kPanelTokens) {
     for (int tile = 0; tile < piece.tiles; ++tile)
       for_groups(piece, token_bytes, sums, [&](const uint8_t* values, int64_t tokens, Sums* group_sums) {
@@ -150,7 +152,8 @@ static void float_sums(const Piece& piece, Sums* sums) {
     for (int64_t k = 0; k < count; k += kBlock)
       for (int tile = 0; tile < piece.tiles; ++tile) {
         prefetch_block(piece.tile[tile], (first + k + kRunColumns) / kBlock);
-        decode_floats(piece, tile, (first + k) / kBlock, panel, k);
+        auto decode = piece.half.activations == kFp8 ? decode_floats<true> : decode_floats<false>;
+        decode(piece, tile, (first + k) / kBlock, panel, k);
       }
     for_groups(piece, token_bytes, sums, [&](const uint8_t* values, int64_t tokens, Sums* group_sums) {
       with_count<kGroup>(tokens, [&](auto n) {
