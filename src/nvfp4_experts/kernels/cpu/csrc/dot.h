@@ -237,7 +237,9 @@ struct PanelBlock {
       for (int j = 0; j < 4; ++j)
         codes[j][0] = _mm512_mask_mov_epi32(codes[j][0], zero, _mm512_set1_epi8(kWeightBias));
       significand = _mm512_mask_srli_epi32(significand, small, _mm512_slli_epi32(scale, 9), 29);
-      __m512i power = _mm512_sub_epi32(_mm512_andnot_si512(_mm512_set1_epi32(0x007FFFFF), scale), _mm512_set1_epi32(127 << 23));
+      // Zero keeps exponent 0: with its own the product could be infinite, and infinity times the zero dot product NaN.
+      __m512i power = _mm512_andnot_si512(_mm512_set1_epi32(0x007FFFFF), scale);
+      power = _mm512_mask_sub_epi32(_mm512_setzero_si512(), _knot_mask16(zero), power, _mm512_set1_epi32(127 << 23));
       exponent = _mm512_mask_mov_epi32(exponent, small, power);
     }
     return nan;

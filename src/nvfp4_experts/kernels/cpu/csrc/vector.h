@@ -120,7 +120,7 @@ NVFP4_INLINE U round_fp16(F v) {
   U subnormal = (U)((F)magnitude + splat(0.5f)) - 0x3F000000u;
   U rounded = magnitude < 0x38800000u ? subnormal : normal;
   rounded = magnitude >= 0x47800000u ? splat_bits(0x7C00u) : rounded;
-  return (magnitude > kInfinity ? splat_bits(0x7E00u) : rounded) | sign;
+  return magnitude > kInfinity ? splat_bits(0x7E00u) : rounded | sign;
 }
 
 // fp32 of fp16 bits, exact: the exponent field is 112 short of fp32's; 31 is infinity or NaN.
