@@ -126,7 +126,8 @@ def _scratch(size: int) -> int:
     holder = _local.holder
     if holder.block is None or holder.block.nbytes < size:
         holder.block = None  # given back before the larger one is taken
-        holder.block = torch.empty(size, dtype=torch.uint8)
+        with torch.inference_mode(False):  # it outlives the mode of the call that makes it
+            holder.block = torch.empty(size, dtype=torch.uint8)
     return holder.block.data_ptr()
 
 

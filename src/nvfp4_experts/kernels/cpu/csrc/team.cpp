@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -83,7 +84,10 @@ void run(int threads, int64_t count, Piece piece, void* context) {
   if (threads <= 1) return take_pieces(&work);
   if (has_team()) return kOpenMp(take_pieces, &work, static_cast<unsigned>(threads), 0);
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(take_pieces, &work);
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(take_pieces, &work);
+  } catch (const std::system_error&) {  // no more threads to be had: those there are do the work
+  }
   take_pieces(&work);
   for (std::thread& other : others) other.join();
 }
