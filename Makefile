@@ -18,7 +18,7 @@ BENCH_ARGS ?= --json build/bench.json --csv build/bench.csv --picture build/benc
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade-strategy only-if-needed
 
-.PHONY: help demo test check test-gpu bench clean clean-all
+.PHONY: help demo test check test-gpu bench native clean clean-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -47,14 +47,21 @@ bench:  ## time one shared expert next to its peers and the floor of this machin
 	@if $(HERE_HAS_TORCH); then python=python3; else python=$(BIN)/python; fi; \
 	PYTHONPATH=src $$python -m nvfp4_experts.cli bench $(BENCH_ARGS)
 
+native:  ## build the CPU kernel into the source tree, for running with PYTHONPATH=src and without installing
+	cmake -S . -B build/native && cmake --build build/native --parallel && cmake --install build/native --prefix src
+
 clean:  ## remove caches and build output
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	rm -f src/nvfp4_experts/kernels/cpu/*.so src/nvfp4_experts/kernels/cpu/*.dylib
 	find src tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-all: clean  ## clean, and remove the environment too
 	rm -rf $(VENV)
 
 # --- set-up; each stamp file says that its step is done -----------------------------------------------------------
+
+# What the native library is built from: a change to it installs the package again.
+NATIVE := CMakeLists.txt $(wildcard src/nvfp4_experts/kernels/cpu/csrc/*)
 
 # torch comes first and alone: whatever is installed after it finds it there and pulls no other build of it.
 $(VENV)/.installed-torch:
@@ -71,7 +78,7 @@ $(VENV)/.installed-torch:
 	$(PIP) $${index:+--extra-index-url "$$index"} '$(TORCH)'
 	@touch $@
 
-$(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml
+$(VENV)/.installed-demo: $(VENV)/.installed-torch pyproject.toml $(NATIVE)
 	@echo "  nvfp4-experts, transformers, matplotlib"
 	@$(PIP) -e '.[transformers,plot]'
 	@touch $@

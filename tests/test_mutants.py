@@ -2,7 +2,7 @@
 """The tests are tested: every mistake in `mutants/table.py` must be caught by the test named for it.
 
 Each mutant is a copy of `src` with one piece of text replaced; the named test runs against the copy in a process of its
-own. The working tree is never changed.
+own. C++ is built into the copy first, its portable tier alone. The working tree is never changed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutants.runner import ROOT, run_tests
+from tests.mutants.runner import ROOT, build_native, run_tests
 from tests.mutants.table import MUTANTS, Mutant
 
 TESTS_FAILED = 1  # pytest's exit code; 2 and above mean that it could not run them
@@ -36,6 +36,8 @@ def spoil(source: Path, mutant: Mutant) -> None:
         f"the code has moved on, so bring tests/mutants/table.py up to date:\n{mutant.old}"
     )
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    if path.parent.name == "csrc":
+        build_native(source)
 
 
 def test_the_named_tests_pass_on_the_unspoiled_copy(source: Path) -> None:

@@ -39,7 +39,7 @@ def test_help_has_a_sentence_an_example_and_a_page() -> None:
 def test_the_table_and_the_files(tmp_path: Path) -> None:
     files = {kind: tmp_path / f"bench.{kind}" for kind in ("json", "csv", "png")}
     result = invoke(*SMALL, "--json", files["json"], "--csv", files["csv"], "--picture", files["png"])
-    for text in ("nvfp4-experts bf16", "nvfp4-experts nvfp4 dynamic", "torch bf16", "ceilings", "backend torch", "×)"):
+    for text in ("nvfp4-experts bf16", "nvfp4-experts nvfp4 dynamic", "torch bf16", "ceilings", "backend cpu", "×)"):
         assert text in result.stdout
     report = json.loads(files["json"].read_text())
     assert report["passed"] is True and report["hidden_size"] == 256 and report["command"].startswith("nvfp4-experts")

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.cli.commands import invoke, output_of
+from nvfp4_experts.kernels.cpu import library
+from tests.cli.commands import error_of, invoke, output_of
 
 W1 = "model.layers.1.ffn.shared_experts.w1"
 
@@ -95,3 +96,34 @@ def test_a_truncated_file_is_an_anomaly(modelopt: Path, tmp_path: Path) -> None:
     report = output_of("inspect", tmp_path / "short", code=1)
     assert [anomaly["name"] for anomaly in report["anomalies"]] == ["truncated-file"]
     assert "truncated-file" in invoke("inspect", tmp_path / "short", code=1).stdout
+
+
+def test_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(library.ISA_VARIABLE, raising=False)
+    report = output_of("inspect", "--machine")
+    runs = {(b["name"], b["where"]): b["reason"] for b in report["backends"]}
+    assert runs["torch", "cpu"] is None and "Hopper" in runs["sm90", "cpu"]
+    assert report["threads"] >= 1 and report["cpu"]
+    loaded, reason = library.load()
+    if loaded is None:
+        assert report["library"] is None and report["library_reason"] == reason == runs["cpu", "cpu"]
+        return
+    assert runs["cpu", "cpu"] is None and report["tier"] == library.tier().name
+    for tier, known in zip(report["tiers"], loaded.tiers, strict=True):
+        assert tier["name"] == known.name
+        assert tier["reason"] == (None if known.present else f"this processor lacks {known.needs}")
+    text = invoke("inspect", "--machine").stdout
+    assert all(word in text for word in ("CPU kernel", "Tiers", "portable", "needs a Hopper GPU"))
+
+
+def test_a_machine_that_is_told_to_run_another_tier_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.load()[0] is None:
+        pytest.skip("the native library is not here")
+    monkeypatch.setenv(library.ISA_VARIABLE, "sse9")
+    report = output_of("inspect", "--machine")
+    assert report["tier"] is None and "must name a tier of this machine" in report["tier_reason"]
+
+
+def test_a_checkpoint_or_the_machine(modelopt: Path) -> None:
+    assert error_of("inspect")["got"] == "neither"
+    assert error_of("inspect", modelopt, "--machine")["got"] == "both"

@@ -85,7 +85,7 @@ def test_nan_in_the_input_is_counted(modelopt: Path, tmp_path: Path) -> None:
 
 def test_the_table_shows_what_ran(modelopt: Path) -> None:
     text = invoke("run", modelopt, "--layer", 1, "--random", 7, "--activations", "nvfp4").stdout
-    assert "nvfp4 (static scale)" in text and "(7, 256)" in text and "backend torch" in text and "7 tokens" in text
+    assert "nvfp4 (static scale)" in text and "(7, 256)" in text and "backend cpu" in text and "7 tokens" in text
 
 
 def test_one_of_several_tensors_is_named(modelopt: Path, tmp_path: Path) -> None:

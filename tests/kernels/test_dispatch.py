@@ -51,10 +51,10 @@ def test_a_named_backend_that_refuses_is_not_replaced() -> None:
         dispatch.choose_backend("picky", PROBLEM)
 
 
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_on_a_cpu_torch_runs_and_hopper_says_what_it_needs(name: str) -> None:
-    assert dispatch.BACKENDS == ("sm90", "torch")
-    assert dispatch.choose_backend(name, PROBLEM).name == "torch"
+def test_on_a_cpu_its_own_kernel_comes_before_torch_and_hopper_says_what_it_needs() -> None:
+    assert dispatch.BACKENDS == ("sm90", "cpu", "torch")
+    assert dispatch.choose_backend("auto", PROBLEM).name == "cpu"
+    assert dispatch.choose_backend("torch", PROBLEM).name == "torch"
     assert "Hopper" in (dispatch.get_backend("sm90").refusal(PROBLEM) or "")
 
 
@@ -66,7 +66,9 @@ def test_hopper_kernels_run_on_hopper_alone(capability: tuple[int, int]) -> None
 
 def test_a_layer_that_is_told_to_run_on_hopper_does_not_fall_back() -> None:
     weights = torch.randn(32, 64), torch.randn(32, 64), torch.randn(64, 32)
-    with pytest.raises(UnsupportedError, match=r"backend 'sm90'.*sm90: needs a Hopper GPU.*; torch: can run this"):
+    with pytest.raises(
+        UnsupportedError, match=r"backend 'sm90'.*sm90: needs a Hopper GPU.*; cpu: can run this; torch: can"
+    ):
         Nvfp4SharedExpert.from_weights(*weights, backend="sm90")
 
 

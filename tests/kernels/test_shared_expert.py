@@ -198,14 +198,15 @@ class TestDispatch:
     problem = Problem(64, 32, "bf16", Target("cpu", "cpu"))
 
     def test_auto_takes_the_first_that_does_not_refuse(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert choose_backend("auto", self.problem).name == "torch"
-        monkeypatch.setattr(type(get_backend("torch")), "refusal", lambda self, problem: "needs a moon")
-        with pytest.raises(UnsupportedError, match=r"sm90: needs a Hopper GPU.*; torch: needs a moon"):
+        assert choose_backend("auto", self.problem).name == "cpu"
+        for name, reason in [("cpu", "needs a sun"), ("torch", "needs a moon")]:
+            monkeypatch.setattr(type(get_backend(name)), "refusal", lambda self, problem, reason=reason: reason)
+        with pytest.raises(UnsupportedError, match=r"sm90: needs a Hopper.*; cpu: needs a sun; torch: needs a moon"):
             choose_backend("auto", self.problem)
 
     def test_a_named_backend_that_refuses_raises_with_every_reason(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(type(get_backend("torch")), "refusal", lambda self, problem: "needs a moon")
-        with pytest.raises(UnsupportedError, match=r"sm90: needs a Hopper GPU.*; torch: needs a moon"):
+        with pytest.raises(UnsupportedError, match=r"sm90: needs a Hopper.*; cpu: can run this; torch: needs a moon"):
             choose_backend("torch", self.problem)
 
     def test_unknown_names_raise(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,12 +30,25 @@ def run_tests(source: Path, *node_ids: str) -> tuple[int, str]:
     return process.exitcode or 0, log.read_text(encoding="utf-8")
 
 
+def build_native(source: Path) -> None:
+    """Build the native library of the package in `source` into it, as `make native` does, its portable tier alone."""
+    shutil.copy(ROOT / "CMakeLists.txt", source.parent)
+    build = str(source.parent / "build")
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    configure = ["-S", str(source.parent), "-B", build, "-G", "Ninja", "-DNVFP4_PORTABLE_ONLY=ON"]
+    for arguments in (configure, ["--build", build], ["--install", build, "--prefix", str(source)]):
+        command = [shutil.which("cmake", path=path) or "cmake", *arguments]
+        subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
+
+
 def _child(source: Path, log: Path, node_ids: tuple[str, ...]) -> None:
     with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         del os.environ[name]
+    # An editable install finds the package in the working tree, whatever the path says.
+    sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
     assert "nvfp4_experts" not in sys.modules

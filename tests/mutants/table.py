@@ -208,6 +208,49 @@ MUTANTS = (
         "wanted = BACKENDS",
         "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
     ),
+    # kernels: the CPU's own
+    Mutant(
+        "nibbles of a packed row exchanged",
+        "layouts/rows.py",
+        "permute(0, 2, 3, 1, 5, 4)",
+        "permute(0, 2, 3, 1, 5, 4).flip(-1)",
+        "tests/layouts/test_rows.py::test_golden_bytes",
+    ),
+    Mutant(
+        "C++: low and high nibbles exchanged",
+        "kernels/cpu/csrc/dot.h",
+        "w[2 * j][v].of[i] = kTable.of[both & 15];",
+        "w[2 * j][v].of[i] = kTable.of[both >> 4];",
+        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+    ),
+    Mutant(
+        "C++: the first token's amax for all",
+        "kernels/cpu/csrc/enter.h",
+        "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, token,",
+        "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, 0,",
+        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+    ),
+    Mutant(
+        "C++: up clamped on one side",
+        "kernels/cpu/csrc/vector.h",
+        "up = up < -limit ? splat(-limit) : up;",
+        "",
+        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+    ),
+    Mutant(
+        "C++: gate's global scale used for up",
+        "kernels/cpu/csrc/tier.cpp",
+        "scale[r] = weight_scale(piece, r, v, half.global_scales[r]);",
+        "scale[r] = weight_scale(piece, r, v, half.global_scales[0]);",
+        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+    ),
+    Mutant(
+        "an edited checkout runs old code",
+        "kernels/cpu/library.py",
+        "if expected is not None and library.source_digest != expected:",
+        "if expected is None:",
+        "tests/kernels/test_cpu.py::test_a_library_of_other_sources_is_not_run",
+    ),
     # layers
     Mutant(
         "calibration forgets earlier calls",

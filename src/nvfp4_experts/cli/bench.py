@@ -27,7 +27,9 @@ def command(
     shape: Annotated[str, typer.Option(help="V4-Pro, V4-Flash, V4.1-Flash, or HxI.")] = "V4-Flash",
     tokens: Annotated[
         str | None,
-        typer.Option(help="Numbers of tokens.", show_default="1,16,64,128,256,512,1024,8192; on a CPU 1,4,16,64"),
+        typer.Option(
+            help="Numbers of tokens.", show_default="1,16,64,128,256,512,1024,8192; on a CPU 1,4,16,64,256,1024"
+        ),
     ] = None,
     activations: Annotated[str, typer.Option(help="Activation formats of this layer.")] = "bf16,fp8,nvfp4",
     activation_scale: Annotated[

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nvfp4-experts inspect`: what is in a checkpoint, and what is wrong with it."""
+"""`nvfp4-experts inspect`: what is in a checkpoint, and what is wrong with it; or what this machine can run."""
 
 from __future__ import annotations
 
@@ -7,27 +7,46 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from ..errors import InputError
 from . import render
-from .options import AsJson, Checkpoint, Layers
+from .options import AsJson, Layers
 
 if TYPE_CHECKING:
     from ..diagnostics.anomalies import Anomaly
+    from ..diagnostics.capabilities import Ability, Capabilities
     from ..diagnostics.inspect import Group, InspectionReport
 
 NAME = "inspect"
-HELP = "Show what is in a checkpoint: dialect, formats, sizes, scale ranges, and every anomaly by name."
+HELP = "Show what is in a checkpoint: formats, sizes, scale ranges and every anomaly; or what this machine can run."
 EXAMPLE = "Example: [bold]nvfp4-experts inspect tiny-nvfp4 --strict[/]"
 
 _PLACES_SHOWN = 3
 
 
 def command(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(metavar="[CKPT]", help="Checkpoint directory, .safetensors file or Hub id.", show_default=False),
+    ] = None,
+    machine: Annotated[
+        bool, typer.Option("--machine", help="Show what this machine can run, and why not more, instead.")
+    ] = False,
     layer: Layers = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit 1 for warnings too, not for errors alone.")] = False,
     as_json: AsJson = False,
 ) -> None:
+    if (checkpoint is None) != machine:
+        got = "neither" if checkpoint is None else "both"
+        raise InputError("inspect", "takes a checkpoint or --machine", got, "give one of them")
+    if checkpoint is None:
+        from ..diagnostics.capabilities import describe_capabilities
+
+        found = describe_capabilities()
+        render.print_json(found.to_dict()) if as_json else _print_machine(found)
+        return
     from ..diagnostics.inspect import inspect_checkpoint
 
     with render.progress(as_json, in_bytes=False) as progress:
@@ -38,6 +57,25 @@ def command(
         _print(report)
     if report.count("error") or (strict and report.count("warning")):
         raise typer.Exit(1)
+
+
+def _print_machine(found: Capabilities) -> None:
+    out = render.console()
+    kernel = found.library or f"none: {found.library_reason}"
+    rows = {"CPU": found.cpu, "threads": found.threads, "GPU": found.gpu or "none that torch sees"}
+    software = {"software": f"nvfp4-experts {found.version}, torch {found.torch}", "CPU kernel": kernel}
+    out.print(render.facts({**rows, **software, "its tier": found.tier or found.tier_reason}))
+    out.print(_abilities("Backends", found.backends))
+    if found.tiers:
+        out.print(_abilities("Tiers of the CPU kernel, best first", found.tiers))
+
+
+def _abilities(title: str, abilities: tuple[Ability, ...]) -> Table:
+    table = render.table(title, ("name", "on", "runs here"), ())
+    for ability in abilities:
+        outcome = Text("yes", "green") if ability.reason is None else Text(f"no: {ability.reason}")
+        table.add_row(ability.name, ability.where or "cpu", outcome)
+    return table
 
 
 def _print(report: InspectionReport) -> None:

@@ -26,7 +26,7 @@ ACTIVATIONS = ("nvfp4", "fp8", "bf16")
 ACTIVATION_SCALES = ("static", "dynamic", "per_token")
 
 # Preference order of "auto": the first that does not refuse. Modules load on first use.
-_MODULES = {"sm90": "sm90.backend", "torch": "torch_backend"}
+_MODULES = {"sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
 BACKENDS = tuple(_MODULES)
 
 

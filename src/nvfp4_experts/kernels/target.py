@@ -7,6 +7,7 @@ Predicates name the feature a kernel needs, never the chip, so that dispatch rea
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,12 @@ def target_of(device: torch.device | str) -> Target:
     """Describe a device; cached, so that asking on every call costs a dictionary look-up."""
     device = torch.device(device)
     return _target(device.type, device.index)
+
+
+def cpu_threads() -> int:
+    """Threads a CPU kernel may use: torch's number, and no more than the processors this process may run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(torch.get_num_threads(), allowed)
 
 
 @functools.cache

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError
+from ..formats.codes import decode_blocks
 from ..formats.nvfp4 import Nvfp4Tensor
 
 GRANULARITY = 8
+_AMAX_ROWS = 512
 
 
 def interleave_rows(a: Tensor, b: Tensor, granularity: int = GRANULARITY) -> Tensor:
@@ -73,6 +75,12 @@ def deinterleave_gate_up(
     gate_scales, up_scales = deinterleave_rows(block_scales)
     gate = Nvfp4Tensor(gate_codes, gate_scales, gate_global_scale)
     return gate, Nvfp4Tensor(up_codes, up_scales, up_global_scale)
+
+
+def row_amax(w: Nvfp4Tensor) -> Tensor:
+    """Largest |e2m1 * block scale| of each row, (N,) bf16, exact: the unit of its e4m3 rounding."""
+    rows = zip(w.codes.split(_AMAX_ROWS), w.block_scales.split(_AMAX_ROWS), strict=True)
+    return torch.cat([decode_blocks(codes, scales).abs().amax(-1) for codes, scales in rows])
 
 
 def to_k_major(codes: Tensor) -> Tensor:

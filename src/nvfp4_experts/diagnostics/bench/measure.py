@@ -37,7 +37,7 @@ from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Weights, Work
 
 PEERS: tuple[Candidate, ...] = (TorchBf16(), TorchFp8(), Humming())
 MIN_SAMPLES, MAX_SAMPLES = 5, 201
-CUDA_TOKENS, OTHER_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 8192), (1, 4, 16, 64)
+CUDA_TOKENS, OTHER_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 8192), (1, 4, 16, 64, 256, 1024)
 _RMS_RANGE = (0.5, 2.0)  # of what the chain of calls carries; 1 by construction
 
 Progress = Callable[[int, int, str], None]

@@ -22,10 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...formats.codes import decode_blocks
 from ...formats.nvfp4 import Nvfp4Tensor
 from ...layouts.fragments import ROWS, fragment_bytes, pack_fragments, unpack_fragments
-from ...layouts.weights import deinterleave_rows, interleave_gate_up
+from ...layouts.weights import deinterleave_rows, interleave_gate_up, row_amax
 from ..dispatch import Call, Problem
 from ..target import target_of
 from . import fp8, gemm
@@ -36,7 +35,6 @@ from .workspace import bytes_of, exclusive, reserve, scratch_bytes
 
 STAGES = 6
 _THREADS = 640
-_AMAX_ROWS = 512
 _STAGE_BYTES, _PARTIAL_BYTES, _SMALL_BYTES = 9216, 16384, 1024
 _MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}
 _ELEMENT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
@@ -56,10 +54,10 @@ class Sm90Backend:
         return {
             "gate_up_fragments": pack_fragments(*interleave_gate_up(gate, up)),
             "gate_up_global_scales": torch.stack((gate.global_scale, up.global_scale)),
-            "gate_up_row_amax": torch.stack((_row_amax(gate), _row_amax(up))),
+            "gate_up_row_amax": torch.stack((row_amax(gate), row_amax(up))),
             "down_fragments": pack_fragments(down.codes, down.block_scales),
             "down_global_scale": down.global_scale.reshape(1),
-            "down_row_amax": _row_amax(down),
+            "down_row_amax": row_amax(down),
         }
 
     def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Tensor, ...]:
@@ -146,12 +144,6 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
         mailboxes(x.device, x.shape[1], size).current().data_ptr(),
         out.data_ptr(),
     )
-
-
-def _row_amax(w: Nvfp4Tensor) -> Tensor:
-    """Largest |e2m1 * block scale| of each row, (N,) bf16, exact: the unit of its e4m3 rounding."""
-    rows = zip(w.codes.split(_AMAX_ROWS), w.block_scales.split(_AMAX_ROWS), strict=True)
-    return torch.cat([decode_blocks(codes, scales).abs().amax(-1) for codes, scales in rows])
 
 
 def _shared_bytes() -> int:

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+// The library's plain C interface, and what the parts of the library say to each other.
+//
+//   nvfp4_shared_expert(call)    one shared expert, x (T, H) to y (T, H): kernels/reference.py says what is computed
+//   nvfp4_scratch_bytes(call)    how many bytes of scratch that call needs
+//   nvfp4_tier_*                 the instruction sets it was built for, and why one cannot run here
+//
+// library.py mirrors `Call` field by field; its size is checked when the library is loaded.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nvfp4 {
+
+enum Activations : int32_t { kBf16 = 0, kFp8 = 1, kNvfp4 = 2 };
+enum ScaleMode : int32_t { kStatic = 0, kDynamic = 1, kPerToken = 2 };
+enum Element : int32_t { kElementBf16 = 0, kElementFp16 = 1, kElementFp32 = 2 };
+
+// One call; the fields that are pointers first. Weights are in the layout of layouts/rows.py, tiles of gate and of up
+// alternating. Row amax are the bits of a bf16 and serve kFp8 alone. Nothing needs an alignment but that of its elements.
+struct Call {
+  const void* x;
+  void* y;
+  const uint8_t* gate_up;
+  const float* gate_up_global_scales;
+  const uint16_t* gate_up_row_amax;  // gate's rows, then up's
+  const uint8_t* down;
+  const float* down_global_scale;
+  const uint16_t* down_row_amax;
+  const float* input_scale;   // kStatic alone
+  const float* hidden_scale;  // kStatic alone
+  void* scratch;
+  int64_t tokens;
+  int64_t hidden;
+  int64_t intermediate;
+  float clamp;  // L, or infinity where it is off
+  int32_t element;
+  int32_t activations;
+  int32_t scale_mode;
+  int32_t threads;
+  int32_t tier;
+};
+
+// Hidden states on their way into a GEMM: rows of x or of h in, `values` in the tier's own form and `scales` (T,) out.
+struct Entry {
+  const void* x;
+  int64_t tokens;
+  int64_t columns;
+  int32_t element;
+  int32_t activations;
+  int32_t scale_mode;
+  const float* static_scale;
+  const uint32_t* amax_bits;  // kDynamic: of the whole batch
+  uint8_t* values;
+  float* scales;
+};
+
+// One GEMM of the layer with what follows it. Tiles are pairs: gate and up of 16 channels, or 32 rows of down.
+struct Half {
+  const uint8_t* weights;
+  int64_t rows;  // of one of gate and up, or of down
+  int64_t columns;
+  const uint16_t* row_amax;
+  const float* global_scales;
+  const uint8_t* values;
+  const float* scales;
+  int64_t tokens;
+  int32_t activations;
+  int32_t element;
+  float clamp;
+  void* out;  // h (T, rows) fp32, or y (T, rows)
+};
+
+// The functions of one tier; each may run on several threads at once, on other parts.
+struct Kernels {
+  int64_t group_tokens;  // tokens whose values are interleaved
+  int64_t (*value_bytes)(int32_t activations, int64_t columns);  // of one token
+  uint32_t (*row_amax)(const void* x, int32_t element, int64_t row, int64_t columns);
+  void (*enter)(const Entry& entry, int64_t group);
+  void (*gate_up)(const Half& half, int64_t first_token, int64_t pair);
+  void (*down)(const Half& half, int64_t first_token, int64_t pair);
+};
+
+constexpr int64_t kRows = 16;        // of a tile
+constexpr int64_t kBlock = 16;       // columns under one scale
+constexpr int64_t kTokenBlock = 128;  // tokens that meet a pair of tiles in one piece of work
+
+struct Tier {
+  const char* name;
+  const char* needs;
+  const Kernels* kernels;
+  bool (*present)();
+};
+
+}  // namespace nvfp4
