@@ -447,3 +447,16 @@ def test_hooks_are_not_shared_with_another_activation_format() -> None:
     expert.with_activations("fp8").register_forward_hook(lambda *_: seen.append(1))
     expert(torch.randn(2, H))
     assert seen == []
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_backward_pass_is_refused_and_not_left_out(compiled: bool) -> None:
+    expert = make()
+    x = torch.randn(3, expert.hidden_size, requires_grad=True)
+    call = torch.compile(expert, backend="aot_eager") if compiled else expert
+    y = call(x)
+    assert y.requires_grad and torch.equal(y.detach(), expert(x.detach()))
+    with pytest.raises(UnsupportedError, match="is for inference"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not call(x).requires_grad

@@ -11,6 +11,9 @@ Arguments have been checked by the layer; an op only forwards them to the backen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,9 +23,27 @@ from .dispatch import Call, get_backend
 
 _CALIBRATION_TILE = 1 << 20
 
+# Registered by hand: what torch.library.custom_op wraps around a function takes longer than the backend of a CPU does
+# to call its kernel. There is no backward.
+_LIBRARY = torch.library.Library("nvfp4_experts", "DEF")
+_OPTIONS = (
+    "Tensor x, Tensor[] weights, Tensor? input_scale, Tensor? hidden_scale, float swiglu_limit, str activations, "
+    "str activation_scale, str backend"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-@torch.library.custom_op("nvfp4_experts::shared_expert", mutates_args=())
-def shared_expert(
+
+def _register(signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The op of that signature, run by `function` on every device."""
+    name = signature.partition("(")[0]
+    _LIBRARY.define(signature, tags=_TAGS)
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"nvfp4_experts::{name}", fake, lib=_LIBRARY)
+    op: Callable[..., Any] = getattr(torch.ops.nvfp4_experts, name).default
+    return op
+
+
+def _shared_expert(
     x: Tensor,
     weights: list[Tensor],
     input_scale: Tensor | None,
@@ -32,20 +53,13 @@ def shared_expert(
     activation_scale: str,
     backend: str,
 ) -> Tensor:
-    """x (T, H) to y (T, H), dtype of x."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
     get_backend(backend).shared_expert(x, weights, call, out)
     return out
 
 
-@shared_expert.register_fake
-def _(x, weights, input_scale, hidden_scale, swiglu_limit, activations, activation_scale, backend):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("nvfp4_experts::shared_expert_out", mutates_args=("out",))
-def shared_expert_out(
+def _shared_expert_out(
     x: Tensor,
     weights: list[Tensor],
     input_scale: Tensor | None,
@@ -56,14 +70,19 @@ def shared_expert_out(
     backend: str,
     out: Tensor,
 ) -> None:
-    """x (T, H) to out (T, H), dtype of x; out must not overlap x."""
     call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
     get_backend(backend).shared_expert(x, weights, call, out)
 
 
-@shared_expert_out.register_fake
-def _(x, weights, input_scale, hidden_scale, swiglu_limit, activations, activation_scale, backend, out):  # type: ignore[no-untyped-def]
-    return None
+# x (T, H) to y (T, H), dtype of x; or to `out`, which must not overlap x.
+shared_expert = _register(
+    f"shared_expert({_OPTIONS}) -> Tensor",
+    _shared_expert,
+    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+)
+shared_expert_out = _register(
+    f"shared_expert_out({_OPTIONS}, Tensor(a!) out) -> ()", _shared_expert_out, lambda *_: None
+)
 
 
 def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: float) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, FormatError, InputError, LayoutError
+from ..errors import CalibrationError, FormatError, InputError, LayoutError, UnsupportedError
 from ..formats.codes import BLOCK_SIZE
 from ..formats.nvfp4 import Nvfp4Tensor, joint_amax, quantize
 from ..kernels import ops
@@ -157,7 +157,8 @@ class Nvfp4SharedExpert(nn.Module):
             self.backend,
         )
         if out is None:
-            return ops.shared_expert(*arguments).view(x.shape)
+            y = ops.shared_expert(*arguments).view(x.shape)
+            return _NoBackward.apply(y) if x.requires_grad and torch.is_grad_enabled() else y
         ops.shared_expert_out(*arguments, out.view(-1, self.hidden_size))
         return out
 
@@ -385,6 +386,19 @@ class Nvfp4SharedExpert(nn.Module):
             return
         self._set_weights(gate, up, down)
         self._input_scale, self._hidden_scale = scales["input_scale"], scales["hidden_scale"]
+
+
+class _NoBackward(torch.autograd.Function):
+    """The identity, whose backward says that there is none, where torch would warn and leave gradients out."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        way_out = "call it under torch.no_grad(), or detach its result"
+        raise UnsupportedError("shared expert", "is for inference", "a backward pass through it", way_out)
 
 
 def _check_weights(gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> None:

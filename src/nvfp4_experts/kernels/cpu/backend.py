@@ -98,9 +98,11 @@ class CpuBackend:
             threads=cpu_threads(),
             tier=library.tier().index,
         )
-        step = x.shape[0] if whole else CHUNK
-        for rows, result in zip(x.split(step), out.split(step), strict=True):
-            native.x, native.y, native.tokens = rows.data_ptr(), result.data_ptr(), rows.shape[0]
+        tokens, row_bytes = x.shape[0], x.shape[1] * x.itemsize
+        step = tokens if whole else CHUNK
+        for first in range(0, tokens, step):
+            native.x, native.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
+            native.tokens = min(step, tokens - first)
             native.scratch = _scratch(loaded.scratch_bytes(byref(native)))
             loaded.shared_expert(byref(native))
 
