@@ -38,7 +38,7 @@ NVFP4_INLINE void prefetch_block(const Tile& tile, int64_t b) {
   __builtin_prefetch(tile.scales + b * kRows);
 }
 
-constexpr int64_t kAhead = 8;  // blocks, where weights are decoded as they are read
+constexpr int64_t kAhead = 24;  // blocks, where weights are decoded as they are read
 
 typedef float Sums[2][kRows];  // of one token
 
