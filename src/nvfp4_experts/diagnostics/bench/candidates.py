@@ -7,8 +7,9 @@ and how far from that it may be (rel-L2):
 
     ours, bf16    2^-8   h and y are rounded to bf16 (0.0016 each) on sums taken in another order; this holds even if
                          every rounding fell the other way
-    ours, fp8     2^-6   the same; and tensor cores keep about 13 bits of an fp8 sum, 1e-3, which moves h by
-                         sqrt(spacing * 1e-3) = 0.009, the spacing of e4m3 being 2^-3.5
+    ours, fp8     2^-5   gate and up may pass through bf16, and FP8 tensor cores keep 13 fractional bits of a sum: both
+                         move a row's largest h by 2^-8, and values across boundaries of e4m3, 2^-3.5 apart:
+                         sqrt(2^-3.5 * 2^-8) = 0.019, which a few tokens may exceed by half
     ours, nvfp4   2^-6   sums differ by 1e-5, which moves h by sqrt(2^-1.5 * 1e-5) = 0.002, a few times where block
                          scales flip
     bf16 peers    0.01   weights, gate and up are rounded to bf16 too: sqrt(6) * 0.0016 = 0.004
@@ -34,9 +35,7 @@ from ...kernels.target import Target
 from ...layers.shared_expert import Nvfp4SharedExpert
 from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Weights
 
-# Against kernels/reference.py, y in bf16. fp8: gate and up may pass through bf16, and FP8 tensor cores keep 13
-# fractional bits of a sum: both move a row's largest h by 2^-8, and values across boundaries of e4m3:
-# sqrt(2^-3.5 * 2^-8) = 0.019, which a few tokens may exceed by half.
+# As the module docstring derives them, y in bf16.
 OUR_BOUNDS = {"bf16": 2.0**-8, "fp8": 2.0**-5, "nvfp4": 2.0**-6}
 BF16_PEER_BOUND, FP8_PEER_BOUND = 0.01, 0.1
 
