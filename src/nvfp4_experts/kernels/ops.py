@@ -26,17 +26,15 @@ _CALIBRATION_TILE = 1 << 20
 # Registered by hand: what torch.library.custom_op wraps around a function takes longer than the backend of a CPU does
 # to call its kernel. There is no backward.
 _LIBRARY = torch.library.Library("nvfp4_experts", "DEF")
-_OPTIONS = (
-    "Tensor x, Tensor[] weights, Tensor? input_scale, Tensor? hidden_scale, float swiglu_limit, str activations, "
-    "str activation_scale, str backend"
-)
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
-def _register(signature: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """The op of that signature, run by `function` on every device."""
-    name = signature.partition("(")[0]
-    _LIBRARY.define(signature, tags=_TAGS)
+def _register(
+    name: str, function: Callable[..., Any], fake: Callable[..., Any], writes: str = ""
+) -> Callable[..., Any]:
+    """The op of that name and the signature of `function`, which runs it on every device; `writes`: an argument."""
+    schema = torch.library.infer_schema(function, mutates_args={writes} if writes else ())
+    _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4_experts::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.nvfp4_experts, name).default
@@ -76,13 +74,9 @@ def _shared_expert_out(
 
 # x (T, H) to y (T, H), dtype of x; or to `out`, which must not overlap x.
 shared_expert = _register(
-    f"shared_expert({_OPTIONS}) -> Tensor",
-    _shared_expert,
-    lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format),
+    "shared_expert", _shared_expert, lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format)
 )
-shared_expert_out = _register(
-    f"shared_expert_out({_OPTIONS}, Tensor(a!) out) -> ()", _shared_expert_out, lambda *_: None
-)
+shared_expert_out = _register("shared_expert_out", _shared_expert_out, lambda *_: None, writes="out")
 
 
 def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: float) -> Tensor:

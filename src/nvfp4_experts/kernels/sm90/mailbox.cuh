@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Words that the blocks of a launch hand each other through device memory: NOT_YET says that a word has not come.
-// A writer stores words, a reader asks again until they are others; nothing else orders the two, and nothing is counted.
+// A writer stores words, a reader asks again until they are others; nothing else orders the two. What is handed over: x and h as B fragments (Inbox reads them), and amax.
 //
 // Launches on a mailbox follow each other. They use its two boxes in turn, and each empties the box of the next.
 // Needs HIDDEN, INTERMEDIATE, TOKENS, CONSUMERS and MAILBOX_BYTES.
@@ -17,7 +17,7 @@ struct alignas(128) Mailbox {
     u32 launches;  // that have ended
     alignas(128) Box boxes[2];
 };
-static_assert(sizeof(Mailbox) == MAILBOX_BYTES, "backend.py allocates as much");
+static_assert(sizeof(Mailbox) == MAILBOX_BYTES, "mailbox.py allocates as much");
 static_assert(sizeof(Box) % 16 == 0, "emptied 16 bytes at a time");
 
 // Relaxed: a word says itself whether it is there.
