@@ -127,7 +127,7 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
     config = LaunchConfig(
         grid=_blocks(size, x.device),
         block=_THREADS,
-        shmem_size=_shared_bytes(),
+        shmem_size=_shared_bytes(x.shape[1], x.dtype),
         is_cooperative=True,
         programmatic_stream_serialization=True,
     )
@@ -146,8 +146,9 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
     )
 
 
-def _shared_bytes() -> int:
-    return STAGES * _STAGE_BYTES + _PARTIAL_BYTES + _SMALL_BYTES
+def _shared_bytes(hidden: int, dtype: torch.dtype) -> int:
+    """Of decode.cu's Shared: the ring, partial sums of two tiles, x of a lone token, and the small rest."""
+    return STAGES * _STAGE_BYTES + _PARTIAL_BYTES + hidden * dtype.itemsize + _SMALL_BYTES
 
 
 @functools.cache
@@ -174,13 +175,14 @@ def _blocks(intermediate: int, device: torch.device) -> int:
 
 def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
     macros = _decode_macros(hidden, intermediate, mode, dtype)
-    return load_kernel("shared_expert_decode", "decode.cu", macros, device, _shared_bytes())
+    return load_kernel("shared_expert_decode", "decode.cu", macros, device, _shared_bytes(hidden, dtype))
 
 
 def _decode_macros(hidden: int, intermediate: int, mode: str, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
     kinds = (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]))
-    return (*sizes, *kinds, ("STAGES", STAGES), ("MAILBOX_BYTES", mailbox_bytes(hidden, intermediate)))
+    room = ("SHARED_BYTES", _shared_bytes(hidden, dtype)), ("MAILBOX_BYTES", mailbox_bytes(hidden, intermediate))
+    return (*sizes, *kinds, ("STAGES", STAGES), *room)
 
 
 BACKEND = Sm90Backend()

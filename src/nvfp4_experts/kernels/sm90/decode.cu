@@ -13,14 +13,15 @@
 // consumers' registers as B fragments.
 //
 // Blocks hand each other words through a mailbox in device memory, where NOT_YET says that a word has not come: h, and
-// with NVFP4 activations the values of x, of which every block makes a share. A reader asks until the word is another;
-// that is the whole hand-over, and L2 begins with what is there. Launches use the two boxes in turn and empty the other.
+// with NVFP4 activations the values of x, of which every block makes a share; of one token alone every block makes all,
+// which takes less than handing over. A reader asks until the word is another; that is the whole hand-over, and L2 begins
+// with what is there. Launches use the two boxes in turn and empty the other.
 //
 // Floor: 0.5625 bytes * 3 HI read. bf16 holds exactly: code * 2^-126 (its bits, moved), block scale * 2^119 (its bits,
 // moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact.
 //
 // Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token),
-// ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES, MAILBOX_BYTES.
+// ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES, SHARED_BYTES, MAILBOX_BYTES.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -30,7 +31,7 @@
 #define DYNAMIC 2
 #define PER_TOKEN 3
 
-constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, THREADS = 20 * 32;  // two warps idle
+constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, COPIER = 18, THREADS = 20 * 32;  // one warp idles
 constexpr int TOKENS = 8;
 constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
 constexpr int BLOCK = 16;
@@ -47,169 +48,22 @@ struct Gemm {
 using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
 using L2 = Gemm<HIDDEN, INTERMEDIATE>;
 
+// One token, to be quantised.
+__device__ __forceinline__ bool is_alone(int tokens) { return ACTIVATIONS != BF16 && tokens == 1; }
+
 struct Shared {
     alignas(128) unsigned char stages[STAGES][STAGE_BYTES];
     alignas(128) float4 partials[2][CONSUMERS][32];
-    u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2], has_box;
+    alignas(16) Element x[ACTIVATIONS == BF16 ? 8 : HIDDEN];  // of a lone token; then its values, in bf16
+    u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2], has_box, has_x;
     u32 amax[2][TOKENS];          // of x, of h: bits of |.|, whose order is that of the values, NaN above all
     float token_scale[2][TOKENS];  // of x, of h: global scale of a token's activations
     u32 scale_offsets, box;  // box: of the mailbox, this launch's
 };
+static_assert(sizeof(Shared) <= SHARED_BYTES, "backend.py allocates as much");
 
 #include "mailbox.cuh"
-
-// --- activations ----------------------------------------------------------------------------------------------------
-
-// h is finished by the reducer but where its scale needs all of it.
-constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;
-
-// From 16 consecutive columns in each lane of four to fragments: lane c gives its words to the lanes that multiply them.
-__device__ __forceinline__ void exchange(Fragment& fragment) {
-    u32 halves[2][4];  // words of the first and of the second 8 columns
-#pragma unroll
-    for (int i = 0; i < 8; i++) halves[i / 4][i % 4] = fragment.b[i];
-    transpose_quad(halves[0]), transpose_quad(halves[1]);
-#pragma unroll
-    for (int j = 0; j < 4; j++) fragment.b[2 * j] = halves[0][j], fragment.b[2 * j + 1] = halves[1][j];
-}
-
-// Global scales g (encode) and s (decode) from an amax or a static scale.
-__device__ __forceinline__ void global_scales(u32 amax_bits, const float* static_scale, float& g, float& s) {
-    if (ACTIVATIONS == STATIC) {
-        s = __ldcg(static_scale);  // the launch before may have written it
-        g = __frcp_rn(s);
-        return;
-    }
-    global_scales_of_amax(amax_bits, g, s);
-}
-
-__device__ __forceinline__ void consumers_sync() { sync_threads(1, CONSUMERS * 32); }
-
-// The consumers' raw columns, one token per group of four lanes; fp32 from the mailbox is awaited.
-template <class G, class Source>
-__device__ __forceinline__ void load_raw(const Source* source, int stride, int tokens, bool awaited,
-                                         Raw<Source> (&raw)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
-    bool all;
-    do {
-        all = true;
-#pragma unroll
-        for (int stage = 0; stage < G::stages; stage++) {
-            const int column = (stage * CONSUMERS + warp) * 64 + lane % 4 * BLOCK;
-            raw[stage] = Raw<Source>{};
-            if (token < tokens && column < G::columns) {
-                const Source* from = source + (size_t)token * stride + column;
-#pragma unroll
-                for (int i = 0; i < (int)sizeof(Source); i++) {
-                    const uint4 v = peek_16(reinterpret_cast<const uint4*>(from) + i);
-                    all = all && v.x != NOT_YET && v.y != NOT_YET && v.z != NOT_YET && v.w != NOT_YET;
-                    raw[stage].words[i] = v;
-                }
-            }
-        }
-    } while (awaited && !all);
-    __syncwarp();
-}
-
-// What activations' global scales are made of, over the consumers: shared.amax of a token, or with "dynamic" of all in [0].
-template <int PHASE, class Source, int STAGE_COUNT>
-__device__ __forceinline__ void find_amax(Raw<Source> (&raw)[STAGE_COUNT], Shared& shared) {
-    const int lane = threadIdx.x % 32;
-    u32 largest = 0;
-#pragma unroll
-    for (int stage = 0; stage < STAGE_COUNT; stage++) {
-        float v[16];
-        unpack16(raw[stage], v);
-        largest = max(largest, amax16(v));
-        forget(raw[stage]);
-    }
-#pragma unroll
-    for (int i = 1; i < 32; i *= 2) {
-        const u32 other = __shfl_xor_sync(~0u, largest, i);
-        if (i < 4 || ACTIVATIONS == DYNAMIC) largest = max(largest, other);
-    }
-    if (lane % 4 == 0) atomicMax(&shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : lane / 4], largest);
-    consumers_sync();
-}
-
-template <int PHASE>
-__device__ __forceinline__ u32 amax_of_token(int token, const Shared& shared) {
-    return shared.amax[PHASE][ACTIVATIONS == DYNAMIC ? 0 : token];
-}
-
-// The tokens' scales go to shared memory, where the reducer finds them with the first tile.
-template <int PHASE>
-__device__ __forceinline__ void keep_token_scales(const float* static_scale, Shared& shared) {
-    if (threadIdx.x >= TOKENS) return;
-    float g, s = 1.0f;
-    if (ACTIVATIONS != BF16) global_scales(amax_of_token<PHASE>(threadIdx.x, shared), static_scale, g, s);
-    shared.token_scale[PHASE][threadIdx.x] = s;
-}
-
-// x as it is, in bf16.
-template <class G>
-__device__ __forceinline__ void enter_bf16(const Element* x, int tokens, Fragment (&fragments)[G::stages]) {
-    Raw<Element> raw[G::stages];
-    load_raw<G>(x, G::columns, tokens, false, raw);
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-        if (is_bf16<Element>()) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) fragments[stage].b[i] = reinterpret_cast<const u32*>(&raw[stage].words[0])[i];
-        } else {
-            float v[16];
-            unpack16(raw[stage], v);
-#pragma unroll
-            for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
-        }
-        exchange(fragments[stage]);
-    }
-}
-
-// This block's share of x to NVFP4 values for all blocks: four lanes a block of 16, each the two words it would multiply.
-template <class FindBox>
-__device__ __forceinline__ void post_share(const Element* x, int tokens, const float* static_scale, const Shared& shared,
-                                           FindBox find_box) {
-    constexpr int BLOCKS = HIDDEN / BLOCK;
-    const int c = threadIdx.x % 4, step = gridDim.x * CONSUMERS * 8;
-    for (int first = (blockIdx.x + threadIdx.x / 32 * gridDim.x) * 8; first < tokens * BLOCKS; first += step) {
-        const int i = first + threadIdx.x % 32 / 4;
-        const bool is_one = i < tokens * BLOCKS;
-        const int token = is_one ? i / BLOCKS : 0, column = is_one ? i % BLOCKS * BLOCK + 2 * c : 2 * c;
-        float v[4], g, s;
-        load_pair(x + (size_t)token * HIDDEN + column, v[0], v[1]);
-        load_pair(x + (size_t)token * HIDDEN + column + 8, v[2], v[3]);
-        global_scales(amax_of_token<0>(token, shared), static_scale, g, s);
-        u32 largest = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) largest = max(largest, __float_as_uint(v[e]) & 0x7FFFFFFFu);
-        largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-        largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-        const BlockScale block = block_scale(largest, g, s);
-#pragma unroll
-        for (int e = 0; e < 4; e++) v[e] = quantize_value(v[e], block);
-        if (is_one) post(&find_box().x[token][pair_position(column)], make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])));
-    }
-}
-
-// h, fp32, to NVFP4 values with a scale that takes all of it.
-template <class G>
-__device__ __forceinline__ void enter_whole(const Box& box, int tokens, Shared& shared, Fragment (&fragments)[G::stages]) {
-    Raw<Float32> raw[G::stages];
-    load_raw<G>(reinterpret_cast<const Float32*>(box.h), H_STRIDE, tokens, true, raw);
-    find_amax<1>(raw, shared);
-    float g, s;
-    global_scales(amax_of_token<1>(threadIdx.x % 32 / 4, shared), nullptr, g, s);
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-        float v[16];
-        unpack16(raw[stage], v);
-        quantize_block(v, g, s);
-#pragma unroll
-        for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
-        exchange(fragments[stage]);
-    }
-}
+#include "entering.cuh"
 
 // --- weights --------------------------------------------------------------------------------------------------------
 
@@ -221,13 +75,18 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 rows x 64 columns against this warp's 8 tokens.
+// 16 rows x 64 columns against this warp's 8 tokens. have_read(): called when codes and scales are in registers for
+// certain, since a product has been made of them: loads that have been issued may still be waiting their turn.
+template <class HaveRead>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, u32 offsets,
-                                               const Fragment& fragment) {
+                                               const Fragment& fragment, HaveRead have_read) {
     u32 a[4][4];
     decode_chunk(codes, scales, offsets, a);
 #pragma unroll
-    for (int j = 0; j < 4; j++) multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
+    for (int j = 0; j < 4; j++) {
+        multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
+        if (j == 0) have_read();
+    }
 }
 
 // --- the roles ------------------------------------------------------------------------------------------------------
@@ -246,10 +105,10 @@ __device__ __forceinline__ void produce(const unsigned char* weights, Shared& sh
     }
 }
 
-// await(stage): called before this stage's fragment is used for the first time.
-template <class G, class Await>
+// begin(stage): called before this stage's fragment is used for the first time.
+template <class G, class Begin>
 __device__ __forceinline__ void consume(int warp, Shared& shared, Ring<STAGES>& ring, Ring<2>& partial,
-                                        Fragment (&fragments)[G::stages], Await await) {
+                                        Fragment (&fragments)[G::stages], Begin begin) {
     const int lane = threadIdx.x % 32;
     const u32 offsets = load_4(shared_address(&shared.scale_offsets));
     const Address chunk = shared_address(shared.stages[0]) + warp * CHUNK_BYTES;
@@ -267,10 +126,15 @@ __device__ __forceinline__ void consume(int warp, Shared& shared, Ring<STAGES>& 
                 codes = load_16(from + lane * 16);
                 scales = load_8(from + CODE_BYTES + lane / 4 * 8);
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty + ring.slot * BARRIER_BYTES);
-            if (tile == blockIdx.x) await(stage);
-            if (has_chunk) multiply_chunk(sums, codes, scales, offsets, fragments[stage]);
+            if (tile == blockIdx.x) begin(stage);
+            auto release = [&] {
+                __syncwarp();
+                if (lane == 0) barrier_arrive(empty + ring.slot * BARRIER_BYTES);
+            };
+            if (has_chunk)
+                multiply_chunk(sums, codes, scales, offsets, fragments[stage], release);
+            else
+                release();
         }
         barrier_wait(shared_address(&shared.partial_empty[partial.slot]), partial.parity ^ 1);
         shared.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
@@ -351,6 +215,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_init(shared_address(&shared.partial_empty[i]), 1);
         }
         barrier_init(shared_address(&shared.has_box), 1);
+        barrier_init(shared_address(&shared.has_x), 1);
         barriers_are_made();
         shared.scale_offsets = SCALE_OFFSETS;
     }
@@ -366,6 +231,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             Ring<STAGES> ring;
             produce<L1>(gate_up, shared, ring);
             produce<L2>(down, shared, ring);
+        } else if (warp == COPIER && lane == 0 && is_alone(tokens)) {
+            copy_x(x, shared);
         } else if (warp == REDUCER) {
             const int row = lane / 4, token = lane % 4 * 2;
             const float gate_scale = gate_up_scales[0], up_scale = gate_up_scales[1], scale_of_down = *down_scale;
@@ -377,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             Box& box = mailbox->boxes[number % 2];
             empty_share(mailbox->boxes[(number + 1) % 2]);
             float encode = 1.0f, decode = 1.0f;
-            if (ACTIVATIONS == STATIC) global_scales(0, hidden_scale, encode, decode);
+            if (ACTIVATIONS == STATIC) global_scales(0, static_scale_at(hidden_scale), encode, decode);
             Ring<2> partial;
             reduce<L1>(shared, partial, [&](int tile, float4 sum) {
                 float h[2];
@@ -403,6 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+        const float static_scale = static_scale_at(input_scale), hidden_static_scale = static_scale_at(hidden_scale);
         Ring<STAGES> ring;
         Ring<2> partial;
         auto find_box = [&]() -> Box& {
@@ -414,24 +282,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #if ACTIVATIONS == BF16
             enter_bf16<L1>(x, tokens, fragments);
 #else
-#if ACTIVATIONS != STATIC
-            {
-                Raw<Element> raw[L1::stages];
-                load_raw<L1>(x, HIDDEN, tokens, false, raw);
-                find_amax<0>(raw, shared);
+            if (is_alone(tokens)) {
+                enter_alone(static_scale, shared);
+            } else {
+                if (ACTIVATIONS != STATIC) {
+                    Raw<Element> raw[L1::stages];
+                    load_raw<L1>(x, HIDDEN, tokens, false, raw);
+                    find_amax<0>(raw, shared);
+                }
+                post_share(x, tokens, static_scale, shared, find_box);
+                const Inbox<L1> inbox(&find_box().x[0][0], X_STRIDE / 2, tokens);
+#pragma unroll
+                for (int i = 0; i < 8; i++) fragments[0].b[i] = NOT_YET;
+                inbox.await(0, fragments[0]);  // the rest is on its way then
+                inbox.look_at_all(fragments);
+#pragma unroll
+                for (int stage = 1; stage < L1::stages; stage++) inbox.await(stage, fragments[stage]);
             }
 #endif
-            post_share(x, tokens, input_scale, shared, find_box);
-            const Inbox<L1> inbox(&find_box().x[0][0], X_STRIDE / 2, tokens);
-#pragma unroll
-            for (int i = 0; i < 8; i++) fragments[0].b[i] = NOT_YET;
-            inbox.await(0, fragments[0]);  // the rest is on its way then
-            inbox.look_at_all(fragments);
-#pragma unroll
-            for (int stage = 1; stage < L1::stages; stage++) inbox.await(stage, fragments[stage]);
-#endif
-            keep_token_scales<0>(input_scale, shared);
-            consume<L1>(warp, shared, ring, partial, fragments, [](int) {});
+            keep_token_scales<0>(static_scale, shared);
+            consume<L1>(warp, shared, ring, partial, fragments, [&](int stage) {
+                if (is_alone(tokens)) take(stage, shared, fragments[stage]);
+            });
         }
         {
             Fragment fragments[L2::stages];
@@ -441,7 +313,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 inbox.look_at_all(fragments);
             else
                 enter_whole<L2>(box, tokens, shared, fragments);
-            keep_token_scales<1>(hidden_scale, shared);
+            keep_token_scales<1>(hidden_static_scale, shared);
             consume<L2>(warp, shared, ring, partial, fragments, [&](int stage) {
                 if (ORDERED) inbox.await(stage, fragments[stage]);
             });
