@@ -73,13 +73,15 @@ class Pool:
         nbytes += tensors * (of.ggml_tensor_overhead() + _ALIGNMENT) + of.ggml_graph_overhead()
         self._functions = of
         self.memory = torch.empty(nbytes, dtype=torch.uint8).fill_(0)  # touched here, not in the first timed call
-        self.clear()
+        self._begin()
 
     def clear(self) -> None:
         """Forget all tensors and graphs in it."""
-        if hasattr(self, "_free"):
-            self._free()
-        self.context = self._functions.ggml_init(InitParams(self.memory.nbytes, self.memory.data_ptr(), False))
+        self._free()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.context: int = self._functions.ggml_init(InitParams(self.memory.nbytes, self.memory.data_ptr(), False))
         self._free = weakref.finalize(self, self._functions.ggml_free, self.context)
 
     def values(self, tensor: int, nbytes: int) -> Tensor:
@@ -132,15 +134,13 @@ class GgmlExpert:
         context = self._activations.context
         gate_up_scale, down_scale = self._scales
 
-        def half(start: int, low: float) -> int:
-            row = 2 * wide * _FP32_BYTES
-            view = of.ggml_view_2d(context, gate_up, wide, tokens, row, start * _FP32_BYTES)
-            clamped: int = of.ggml_clamp(context, view, low, limit)
-            return clamped
+        row, start_of_up = 2 * wide * _FP32_BYTES, wide * _FP32_BYTES
 
         x = of.ggml_new_tensor_2d(context, F32, self._hidden, tokens)
         gate_up = of.ggml_scale_inplace(context, of.ggml_mul_mat(context, self._gate_up, x), gate_up_scale)
-        h = of.ggml_swiglu_split(context, half(0, -math.inf), half(wide, -limit))
+        gate = of.ggml_clamp(context, of.ggml_view_2d(context, gate_up, wide, tokens, row, 0), -math.inf, limit)
+        up = of.ggml_clamp(context, of.ggml_view_2d(context, gate_up, wide, tokens, row, start_of_up), -limit, limit)
+        h = of.ggml_swiglu_split(context, gate, up)
         y = of.ggml_scale_inplace(context, of.ggml_mul_mat(context, self._down, h), down_scale)
         self._graph = of.ggml_new_graph(context)
         of.ggml_build_forward_expand(self._graph, y)
