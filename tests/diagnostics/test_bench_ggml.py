@@ -92,6 +92,7 @@ class StandIn:
         self.contexts: list[list[int]] = []  # next free byte, end
         self.tensors: list[tuple[int, Tensor]] = []
         self.steps: list[Callable[[], object]] = []
+        self.clamps: list[tuple[float, float]] = []
         self.threads = 0
 
     def ggml_type_name(self, kind: int) -> bytes:
@@ -162,6 +163,7 @@ class StandIn:
 
     def ggml_clamp(self, context: int, a: int, low: float, high: float) -> int:
         self._place(context, 0)
+        self.clamps.append((low, high))
         address, values = self.tensors[a]
         return self._add(address, values, lambda: values.clamp_(low, high))
 
@@ -259,6 +261,7 @@ def test_the_graph_is_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         y = first.run(truths.input(tokens))
         assert y.dtype == torch.bfloat16 and y.shape == (tokens, 128)
         assert rel_l2(y, truths.output(tokens, "bf16", "dynamic")) < 2**-8
+    assert set(library.clamps) == {(-math.inf, 10), (-10, 10)}, "gate has no lower limit, which silu all but hides"
     kept = y.clone()
     first.run(truths.input(5) * 2)
     assert torch.equal(y, kept), "an output is overwritten by the next call"
