@@ -57,7 +57,7 @@ def test_which_candidates_take_part(tmp_path: Path) -> None:
     names = list(dict.fromkeys(row["candidate"] for row in json.loads(file.read_text())["rows"]))
     assert names == [
         "nvfp4-experts nvfp4 per_token", "nvfp4-experts nvfp4 per_token [torch]",
-        "torch bf16", "torch fp8", "humming-kernels",
+        "torch bf16", "torch fp8", "humming-kernels", "ggml",
     ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 """How fast one shared expert runs, next to its peers and to the floor the machine sets; `measure.bench` does it all.
 
 work        the layer's shape, its weights, its hidden states
-candidates  this library's layer and the peers in torch; humming_peer holds the one outside torch
+candidates  this library's layer and the peers in torch; humming_peer and ggml_peer hold those outside torch,
+            ggml_library what is called of the latter
 ceilings    how fast this device streams bytes and multiplies matrices
 timing      graph replays on CUDA, a clock elsewhere; weights rotated past the caches
 measure     check, then time, interleaved

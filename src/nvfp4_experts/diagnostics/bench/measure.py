@@ -29,13 +29,14 @@ from ...kernels.target import target_of
 from ..metrics import rel_l2
 from .candidates import Candidate, Ours, Prepared, TorchBf16, TorchFp8
 from .ceilings import Ceilings, measure_ceilings
+from .ggml_peer import GgmlCpu
 from .humming_peer import Humming
 from .machine import default_device, describe_machine, rotation_bytes
 from .report import BenchReport, Row
 from .timing import Timer, timer_for
 from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Weights, Work
 
-PEERS: tuple[Candidate, ...] = (TorchBf16(), TorchFp8(), Humming())
+PEERS: tuple[Candidate, ...] = (TorchBf16(), TorchFp8(), Humming(), GgmlCpu())
 MIN_SAMPLES, MAX_SAMPLES = 5, 201
 CUDA_TOKENS, OTHER_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 8192), (1, 4, 16, 64, 256, 1024)
 _RMS_RANGE = (0.5, 2.0)  # of what the chain of calls carries; 1 by construction

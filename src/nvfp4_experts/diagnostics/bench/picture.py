@@ -16,7 +16,7 @@ from ..plotting import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PURPLE, SKY, SMALL
 from .report import BenchReport, Row
 
 _OURS = [(BLUE, "o"), (GREEN, "D"), (SKY, "^"), (PURPLE, "v"), (INK, "P"), ("#999999", "X")]
-_PEERS = [(ORANGE, "s"), (VERMILION, "h"), ("#8C6D1F", "d")]
+_PEERS = [(ORANGE, "s"), (VERMILION, "h"), ("#8C6D1F", "d"), ("#882255", "p")]
 _LABEL_GAP = 0.055  # least distance of two names, as a share of the axis
 
 
