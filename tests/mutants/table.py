@@ -246,7 +246,7 @@ MUTANTS = (
     ),
     Mutant(
         "an edited checkout runs old code",
-        "kernels/cpu/library.py",
+        "kernels/native.py",
         "if expected is not None and library.source_digest != expected:",
         "if expected is None:",
         "tests/kernels/test_cpu.py::test_a_library_of_other_sources_is_not_run",

@@ -9,7 +9,7 @@ import torch
 
 from .._version import __version__
 from ..errors import UnsupportedError
-from ..kernels.cpu import library
+from ..kernels import native
 from ..kernels.dispatch import ACTIVATIONS, BACKENDS, Problem, get_backend
 from ..kernels.target import cpu_threads, target_of
 from .bench.machine import cpu_model, default_device
@@ -66,11 +66,11 @@ def describe_capabilities() -> Capabilities:
         devices.append(device)
         target = target_of(device)
         gpu = f"{target.name}, compute capability {'.'.join(map(str, target.capability or ()))}"
-    loaded, reason = library.load()
+    loaded, reason = native.load()
     tier = tier_reason = None
     if loaded is not None:
         try:
-            tier = library.tier().name
+            tier = native.tier().name
         except UnsupportedError as error:
             tier_reason = str(error)
     tiers = [
