@@ -30,9 +30,9 @@ def e4m3(byte: int) -> tuple[Fraction, int] | None:
 
 def fp32(bits: int) -> tuple[Fraction, int]:
     """Significand and exponent of a finite fp32."""
-    exponent, mantissa = bits >> 23 & 255, bits & 0x7F_FFFF
-    magnitude, power = (Fraction(mantissa, 2**23), -126) if exponent == 0 else (1 + Fraction(mantissa, 2**23), exponent - 127)
-    return (-magnitude if bits >> 31 else magnitude), power
+    sign, exponent, mantissa = bits >> 31, bits >> 23 & 255, Fraction(bits & 0x7F_FFFF, 2**23)
+    magnitude, power = (mantissa, -126) if exponent == 0 else (1 + mantissa, exponent - 127)
+    return (-magnitude if sign else magnitude), power
 
 
 def two_to(exponent: int) -> Fraction:

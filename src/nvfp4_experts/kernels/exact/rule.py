@@ -5,18 +5,20 @@
     P      = max(power(sum), power(sa_g) * power(sb_g))           over the sum so far and the four groups
     sum    = fp32(cut(sum) + cut(term_0) + ... + cut(term_3))     starts at 0
 
-    power(v)   the power of two at or below |v|, and never below the format's smallest normal number (e4m3: 2^-6)
+    power(v)   the power of two at or below |v|; none of zero
     cut(v)     v toward zero to a multiple of P * 2^-35: 35 fractional bits under the largest power
     fp32(v)    v toward zero to 24 significant bits
 
 A group counts in P by its scales, whatever its dot product is: codes that cancel still push low bits of the others out.
-Scales are unsigned: their sign bit is not looked at. A zero scale has no power. A NaN scale makes every sum it meets
-0x7FFFFFFF; no sum is infinite, subnormal or -0. K that is no multiple of 64 goes on with zero codes under zero scales.
+Scales are unsigned: their sign bit is not looked at. A NaN scale makes every sum it meets 0x7FFFFFFF. K that is no
+multiple of 64 goes on with zeros. Terms and sums are multiples of 2^-20, so a cut is felt from P = 2^16 on (two scales
+of 2^8 or more, or a sum of that size), and no sum is subnormal, infinite or -0. Hence it makes no difference that the
+source gives subnormal scales the power 2^-6, and zero 2^-126.
 
-Both forms below compute in fp64, and exactly: a cut value has at most 47 bits (|term_g| < 2^11.2 of its power), a sum of
-five 50. csrc/exact.h is the native form; tests hold both to a scalar port in fractions, and to each other, bit for bit.
+Both forms below compute in fp64, and exactly: a cut value has at most 47 bits (|term_g| < 2^11.2 of its power), a sum
+of five 50. cpu/csrc/exact.h is the native form; tests hold both to a scalar port in fractions, bit for bit.
 
-Source: microsoft/MMA-Sim (arXiv 2511.10909), a model fitted to hardware by its authors; not yet compared with hardware by us.
+Source: microsoft/MMA-Sim (arXiv 2511.10909), a published model; not yet compared with hardware by this project.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ CHUNK = 1024
 
 _EXPONENT_FIELD = 0x7F80_0000  # of fp32
 _NAN = 0x7FFF_FFFF
-_LEAST_E4M3, _LEAST_FP32 = 2.0**-6, 2.0**-126
+_LEAST_POWER = 2.0**-126  # stands for that of zero where it divides
 
 
 def exact_matmul(a_codes: Tensor, a_block_scales: Tensor, b_codes: Tensor, b_block_scales: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ def exact_matmul(a_codes: Tensor, a_block_scales: Tensor, b_codes: Tensor, b_blo
         LayoutError: shapes that do not go together.
 
     Numerics: see the module docstring; the same bits on every device and by either form.
-    Cost: on a CPU with the native library 1.75 bytes of scratch per value of a, at most CHUNK tokens at a time; else the
+    Cost: on a CPU with the native library 1.75 bytes of scratch per value of a, of at most CHUNK tokens; else the
         temporaries of a tile (TILE_SUMS) and some 25 operations on it for each 64 of K, without a sync.
     Source: microsoft/MMA-Sim.
     """
@@ -69,7 +71,9 @@ def exact_matmul(a_codes: Tensor, a_block_scales: Tensor, b_codes: Tensor, b_blo
         shape = (codes.shape[0], codes.shape[-1] * 2 // BLOCK_SIZE)
         if codes.ndim != 2 or codes.shape[1] % (BLOCK_SIZE // 2) or block_scales.shape != shape:
             got = f"codes {tuple(codes.shape)}, block scales {tuple(block_scales.shape)}"
-            raise LayoutError(name, "must be codes (rows, K/2) and block scales (rows, K/16)", got, "pass linear scales")
+            raise LayoutError(
+                name, "must be codes (rows, K/2) and block scales (rows, K/16)", got, "pass linear scales"
+            )
     if a_codes.shape[1] != b_codes.shape[1]:
         got = f"{2 * a_codes.shape[1]} and {2 * b_codes.shape[1]}"
         raise LayoutError("a and b", "must have one K", got, "transpose one of them")
@@ -140,8 +144,7 @@ def _groups(codes: Tensor, scale_bytes: Tensor) -> tuple[Tensor, Tensor]:
     values = decode_blocks(pad(codes, (0, missing * BLOCK_SIZE // 2)), scales, torch.float32)
     rows, blocks = scales.shape
     steps = blocks // GROUPS
-    sizes = scales.float()
-    powers = torch.where(sizes == 0, 0.0, _power(sizes).clamp(min=_LEAST_E4M3))
+    powers = _power(scales.float())
     return (
         values.view(rows, steps, GROUPS, BLOCK_SIZE).permute(1, 2, 0, 3),
         powers.view(rows, steps, GROUPS).permute(1, 2, 0),
@@ -155,7 +158,7 @@ def _tile(a: Tensor, a_power: Tensor, b: Tensor, b_power: Tensor) -> Tensor:
         # 20 bits in any order of the sum: 16 * 12 * 12 quarters times two significands of 4 bits.
         terms = a[step] @ b[step].transpose(1, 2)
         powers = a_power[step][:, :, None] * b_power[step][:, None, :]
-        largest = torch.maximum(powers.amax(0), _power(sums)).clamp(min=_LEAST_FP32)
+        largest = torch.maximum(powers.amax(0), _power(sums)).clamp(min=_LEAST_POWER)
         grid = largest.double() * 2.0**-FRACTION_BITS
         total = (terms / grid).trunc().sum(0) + (sums / grid).trunc()
         sums = _cut_to_fp32(total * grid + 0.0)  # + 0.0: no result is -0
@@ -164,10 +167,10 @@ def _tile(a: Tensor, a_power: Tensor, b: Tensor, b_power: Tensor) -> Tensor:
 
 
 def _power(values: Tensor) -> Tensor:
-    """The power of two at or below |v| of normal fp32 values: the exponent field alone; zero gives zero, NaN infinity."""
+    """The power of two at or below normal fp32 values: the exponent field alone; zero gives zero, NaN infinity."""
     return (values.view(torch.int32) & _EXPONENT_FIELD).view(torch.float32)
 
 
 def _cut_to_fp32(values: Tensor) -> Tensor:
-    """fp64 in the normal range of fp32, toward zero: what fp32 has no bits for is cleared, so that the cast is exact."""
+    """fp64 in the normal range of fp32, toward zero: bits that fp32 lacks are cleared, so the cast is exact."""
     return (values.view(torch.int64) & ~((1 << 29) - 1)).view(torch.float64).float()

@@ -2,14 +2,13 @@
 // NVFP4 x NVFP4 as Blackwell's tensor core sums it; kernels/exact/rule.py states the rule and where it is from.
 //
 //   term_g = dot_g * sx_g * sw_g                    of four groups of 16 columns, exact
-//   P      = max(power(sum), px_g * pw_g)           power(v): the power of two at or below |v|; p: that of a scale
+//   P      = max(power(sum), px_g * pw_g)           p = power(s): the power of two at or below |s|
 //   sum    = fp32(sum' + term'_0 + ... + term'_3)   ': cut toward zero to multiples of P * 2^-35; so is fp32(): cut
 //
 // Why double holds it: a group's term is below 16 * 36 * 2 * 2 = 2^11.2 of its power (exactly, 20 bits: dot.h), so what is
 // cut to the grid P * 2^-35 has 47 bits and a sum of five 50, of 53.
 //
-// Columns beyond K and rows beyond N are zero codes under zero scales: terms of zero with no power. Nothing here is
-// subnormal or overflows: terms and sums are multiples of 2^-47, and below 2^28 for each step.
+// Columns beyond K and rows beyond N are zero codes under zero scales: terms of zero with no power.
 //
 // A tile of 16 rows meets one token at a time.
 #pragma once
@@ -22,12 +21,7 @@ namespace NVFP4_TIER {
 constexpr int64_t kStepColumns = kStepBlocks * kBlock;
 constexpr uint8_t kMagnitudeByte = 0x7F;  // of an e4m3 scale: its sign does not count
 
-// The power of two of an e4m3 scale as kScaleUnit has it: subnormals have that of the smallest normal, zero none.
-NVFP4_INLINE F scale_power(F scale) {
-  F power = (F)((U)scale & kInfinity), least = splat(kLeastScale * 8 * kScaleUnit);
-  power = power < least ? least : power;
-  return scale == 0.0f ? F{} : power;
-}
+NVFP4_INLINE F power(F v) { return (F)((U)v & kInfinity); }
 
 // The four blocks of a step, with powers: tile of 16 rows.
 struct ExactTile {
@@ -57,7 +51,7 @@ NVFP4_INLINE void load_exact_tile(const Exact& product, int64_t first_row, int64
         scales[r] = product.b_scales[at] & kMagnitudeByte;
       }
     tile.block[g].load(reinterpret_cast<const uint8_t*>(codes), scales);
-    for (int v = 0; v < kVectors; ++v) tile.power[g][v] = scale_power(tile.block[g].scale[v]);
+    for (int v = 0; v < kVectors; ++v) tile.power[g][v] = power(tile.block[g].scale[v]);
   }
 }
 
@@ -80,7 +74,7 @@ static void exact_enter(const Exact& product, int64_t token) {
     const F scale = load_scales(scales, 0);
     // The factors of 2 of both codes, and the unit of the other operand's scale, are taken back here.
     block.scale = (scale * splat(0.25f / kScaleUnit / kScaleUnit))[0];
-    block.power = (scale_power(scale) * splat(1 / kScaleUnit / kScaleUnit))[0];
+    block.power = (power(scale) * splat(1 / kScaleUnit / kScaleUnit))[0];
   }
 }
 
