@@ -38,12 +38,10 @@ def print_exactness(report: ExactnessReport) -> None:
         if text := first_mismatch(mode):
             out.print(f"{name}, {mode.activation_scale}: {text}", markup=False, style="dim")
     if report.passed:
-        out.print(
-            f"[bold green]passed[/]: {_percent(report.min_equal)} or more of each expert's bf16 outputs are equal"
-        )
+        out.print(f"[bold green]passed[/]: {percent(report.min_equal)} or more of each expert's bf16 outputs are equal")
     else:
         names = ", ".join(report.offenders)
-        out.print(f"[bold red]failed[/]: under {_percent(report.min_equal)} of the bf16 outputs equal: {names}")
+        out.print(f"[bold red]failed[/]: under {percent(report.min_equal)} of the bf16 outputs equal: {names}")
 
 
 def exactness_table(rows: Iterable[tuple[str, Exactness]]) -> Table:
@@ -77,7 +75,7 @@ def first_mismatch(mode: Exactness) -> str | None:
 
 def _equal(output: BitComparison) -> str:
     style = "green" if output.equal == output.values else "yellow"
-    return f"[{style}]{_percent(output.share)}[/]"
+    return f"[{style}]{percent(output.share)}[/]"
 
 
 def _distances(output: BitComparison) -> list[str]:
@@ -87,6 +85,6 @@ def _distances(output: BitComparison) -> list[str]:
     return [str(count or "–") for count in (*shown, more, nan)]
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """Never rounded up to 100 %."""
     return f"{int(share * 1e6) / 1e4:g} %"
