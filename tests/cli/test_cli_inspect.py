@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nvfp4_experts.kernels import native
+from nvfp4_experts.kernels.exact import rule
 from tests.cli.commands import error_of, invoke, output_of
 
 W1 = "model.layers.1.ffn.shared_experts.w1"
@@ -104,6 +105,9 @@ def test_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = {(b["name"], b["where"]): b["reason"] for b in report["backends"]}
     assert runs["torch", "cpu"] is None and "Hopper" in runs["sm90", "cpu"]
     assert report["threads"] >= 1 and report["cpu"]
+    notes = {(b["name"], b["where"]): b["note"] for b in report["backends"]}
+    assert notes["torch", "cpu"] is None
+    assert notes["exact", "cpu"] == f"nvfp4 activations alone; when asked for by name; {rule.form(torch.device('cpu'))}"
     loaded, reason = native.load()
     if loaded is None:
         assert report["library"] is None and report["library_reason"] == reason == runs["cpu", "cpu"]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...formats.activations import Nvfp4Activation, quantize_activation
 from ...formats.nvfp4 import Nvfp4Tensor
+from .. import native
 from ..dispatch import Call, Problem
 from ..plain import PlainWeights
 from .rule import exact_matmul
@@ -34,6 +35,8 @@ class ExactBackend(PlainWeights):
             return 'computes activations="nvfp4" alone, which is what an FP4 tensor core multiplies'
         if problem.target.device_type not in ("cpu", "cuda"):
             return "needs fp64, and so a CPU or a CUDA GPU"
+        if problem.target.device_type == "cpu" and native.load()[0] is not None:
+            native.tier()  # a forced tier that is not here is an error, and no reason to compute in torch
         return None
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
