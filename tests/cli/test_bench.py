@@ -69,7 +69,8 @@ def test_the_one_file_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_which_candidates_take_part(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     options = ("--activations", "nvfp4", "--activation-scale", "per_token", "--backend", "auto, torch")
-    invoke(*SMALL, *options, "--json", file)
+    text = invoke(*SMALL, *options, "--json", file).stdout
+    assert text.count("[torch]") == 2  # in both tables: a name is no markup
     names = list(dict.fromkeys(row["candidate"] for row in json.loads(file.read_text())["rows"]))
     assert names == [
         "nvfp4-experts nvfp4 per_token", "nvfp4-experts nvfp4 per_token [torch]",

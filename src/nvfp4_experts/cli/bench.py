@@ -131,7 +131,8 @@ def _print(report: BenchReport) -> None:
         checks.add_row(*_check_row(report.of(name)))
     out.print(checks)
     timed = [name for name in report.candidates if any(row.status == "timed" for row in report.of(name))]
-    times = render.table("Median µs per call, and how many times the floor", (), ("tokens", "floor", *timed))
+    columns = ("tokens", "floor", *map(_text, timed))
+    times = render.table("Median µs per call, and how many times the floor", (), columns)
     for count in report.tokens:
         rows = [row for name in timed for row in report.of(name) if row.tokens == count]
         times.add_row(str(count), _digits(rows[0].floor_us), *map(_time, rows))
@@ -179,7 +180,8 @@ def _check_row(rows: tuple[Row, ...]) -> list[str]:
     worst = max(errors, key=lambda error: (error != error, error), default=None)
     weights = "–" if first.resident_bytes is None else render.size(first.resident_bytes)
     copies = str(first.copies or "–")
-    return [first.candidate, first.detail, outcome, weights, copies, render.number(worst), render.number(first.bound)]
+    figures = [weights, copies, render.number(worst), render.number(first.bound)]
+    return [_text(first.candidate), first.detail, outcome, *figures]
 
 
 def _text(reason: str | None) -> str:
