@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     Mutant(
         "gate and up exchanged in the pack",
-        "kernels/torch_backend.py",
+        "kernels/plain.py",
         "torch.cat((gate.codes, up.codes))",
         "torch.cat((up.codes, gate.codes))",
         "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
