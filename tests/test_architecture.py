@@ -117,7 +117,8 @@ def test_every_folder_has_a_floor() -> None:
 
 
 KERNELS = PACKAGE / "kernels"
-BACKENDS = {path.stem for path in KERNELS.iterdir()} - {"__init__", "__pycache__", "ops", "dispatch", "target", "tiled"}
+COMMON = {"ops", "dispatch", "target", "tiled", "plain", "native"}
+BACKENDS = {path.stem for path in KERNELS.iterdir()} - {"__init__", "__pycache__", *COMMON}
 
 
 @every(sorted(KERNELS.rglob("*.py")))

@@ -19,6 +19,7 @@ from nvfp4_experts.checkpoints.dialects import OUTPUT_DIALECTS
 from nvfp4_experts.checkpoints.plan import EXPERTS
 from nvfp4_experts.cli import bench, inspect, options, quantize, render, run, tune, verify
 from nvfp4_experts.diagnostics.anomalies import CHECKPOINT_RULES, EXPERT_RULES, MODULE_RULES, SEVERITIES
+from nvfp4_experts.diagnostics.exactness import DEFAULT_MIN_EQUAL
 from nvfp4_experts.diagnostics.verify import DEFAULT_MAX_ERROR
 from nvfp4_experts.errors import FormatError
 from nvfp4_experts.formats.nvfp4 import RECIPES
@@ -54,7 +55,7 @@ def test_the_words_are_the_librarys() -> None:
     assert get_args(options.Recipe) == RECIPES
     assert get_args(options.Activations) == ("auto", *ACTIVATIONS)
     assert get_args(options.ActivationScale) == ACTIVATION_SCALES
-    assert verify.DEFAULT_MAX_ERROR == DEFAULT_MAX_ERROR
+    assert verify.DEFAULT_MAX_ERROR == DEFAULT_MAX_ERROR and verify.DEFAULT_MIN_EQUAL == DEFAULT_MIN_EQUAL
     assert set(render.SEVERITY_STYLE) == set(SEVERITIES)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nvfp4_experts.cli import bench
-from nvfp4_experts.diagnostics.bench import candidates, measure
+from nvfp4_experts.diagnostics.bench import candidates, exact, measure
 from nvfp4_experts.kernels import reference
 from tests.cli.commands import invoke
 
@@ -50,10 +50,27 @@ def test_the_table_and_the_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.csv", "bench.json", "bench.png"]
 
 
+def test_the_one_file_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "CASES", {"64x48": (2,)})
+    file = tmp_path / "report.json"
+    text = invoke(*SMALL, "--backend", "auto,sm90", "--activations", "nvfp4", "--report", file).stdout
+    assert "nvfp4 outputs against backend exact" in text and "the same bits" in text and "needs a Hopper" in text
+    report = json.loads(file.read_text())
+    assert set(report) == {"format", "machine", "capabilities", "exact", "exactness", "bench"}
+    assert {"system", "nvfp4-experts", "torch", "python", "driver"} <= set(report["machine"])
+    assert report["exact"]["against_cpu"]["share"] == 1.0
+    assert [(c["backend"], c["found"] is None) for c in report["exactness"]] == 3 * [("auto", False), ("sm90", True)]
+    assert report["exactness"][0]["found"]["outputs"][0]["values"] == 2 * 64
+    assert report["capabilities"]["backends"] and report["bench"]["rows"] and report["bench"]["passed"] is True
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    assert "--force" in invoke(*SMALL, "--report", file, code=2).stderr
+
+
 def test_which_candidates_take_part(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     options = ("--activations", "nvfp4", "--activation-scale", "per_token", "--backend", "auto, torch")
-    invoke(*SMALL, *options, "--json", file)
+    text = invoke(*SMALL, *options, "--json", file).stdout
+    assert text.count("[torch]") == 2  # in both tables: a name is no markup
     names = list(dict.fromkeys(row["candidate"] for row in json.loads(file.read_text())["rows"]))
     assert names == [
         "nvfp4-experts nvfp4 per_token", "nvfp4-experts nvfp4 per_token [torch]",

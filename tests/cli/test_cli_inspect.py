@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nvfp4_experts.kernels.cpu import library
+from nvfp4_experts.kernels import native
+from nvfp4_experts.kernels.exact import rule
 from tests.cli.commands import error_of, invoke, output_of
 
 W1 = "model.layers.1.ffn.shared_experts.w1"
@@ -99,16 +100,19 @@ def test_a_truncated_file_is_an_anomaly(modelopt: Path, tmp_path: Path) -> None:
 
 
 def test_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(library.ISA_VARIABLE, raising=False)
+    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
     report = output_of("inspect", "--machine")
     runs = {(b["name"], b["where"]): b["reason"] for b in report["backends"]}
     assert runs["torch", "cpu"] is None and "Hopper" in runs["sm90", "cpu"]
     assert report["threads"] >= 1 and report["cpu"]
-    loaded, reason = library.load()
+    notes = {(b["name"], b["where"]): b["note"] for b in report["backends"]}
+    assert notes["torch", "cpu"] is None
+    assert notes["exact", "cpu"] == f"nvfp4 activations alone; when asked for by name; {rule.form(torch.device('cpu'))}"
+    loaded, reason = native.load()
     if loaded is None:
         assert report["library"] is None and report["library_reason"] == reason == runs["cpu", "cpu"]
         return
-    assert runs["cpu", "cpu"] is None and report["tier"] == library.tier().name
+    assert runs["cpu", "cpu"] is None and report["tier"] == native.tier().name
     for tier, known in zip(report["tiers"], loaded.tiers, strict=True):
         assert tier["name"] == known.name
         assert tier["reason"] == (None if known.present else f"this processor lacks {known.needs}")
@@ -117,9 +121,9 @@ def test_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_machine_that_is_told_to_run_another_tier_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    if library.load()[0] is None:
+    if native.load()[0] is None:
         pytest.skip("the native library is not here")
-    monkeypatch.setenv(library.ISA_VARIABLE, "sse9")
+    monkeypatch.setenv(native.ISA_VARIABLE, "sse9")
     report = output_of("inspect", "--machine")
     assert report["tier"] is None and "must name a tier of this machine" in report["tier_reason"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nvfp4_experts.kernels import tiled
 from tests.cli.commands import error_of, invoke, output_of
 
 
@@ -105,3 +106,45 @@ def test_report_and_picture_must_be_two_files(tmp_path: Path) -> None:
     file = tmp_path / "verify.svg"
     error = error_of("verify", "nowhere", "--against", "nowhere", "--report", file, "--picture", file)
     assert (error["error"], error["what"]) == ("InputError", "--report and --picture")
+
+
+# --- verify --exact -----------------------------------------------------------------------------------------------
+
+
+def test_a_backend_against_the_exact_sums(modelopt: Path, tmp_path: Path) -> None:
+    file = tmp_path / "exact.json"
+    arguments = ("verify", modelopt, "--exact", "--layer", 2, "--tokens", 8)
+    report = output_of(*arguments, "--report", file)
+    assert json.loads(file.read_text()) == report and report["passed"] is True
+    modes = report["experts"][0]["modes"]
+    assert [mode["activation_scale"] for mode in modes] == ["static", "dynamic", "per_token"]
+    for mode in modes:
+        assert [output["dtype"] for output in mode["outputs"]] == ["bfloat16", "float32"]
+        assert all(sum(output["histogram"].values()) == output["values"] == 8 * 256 for output in mode["outputs"])
+    text = invoke(*arguments).stdout
+    for expected in ("backend exact", "bit-equal", "3–4", "bfloat16", "passed", "layer 2 shared", "per_token"):
+        assert expected in text
+
+
+def test_too_few_equal_bits_exit_1_and_name_the_first(modelopt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    multiply = tiled._matmul
+    monkeypatch.setattr(tiled, "_matmul", lambda a, b: multiply(a, b) * (1 + 2.0**-9))
+    arguments = ("verify", modelopt, "--exact", "--layer", 0, "--tokens", 4, "--backend", "torch")
+    report = output_of(*arguments, code=1)
+    assert report["offenders"] == ["layer 0 shared"]
+    text = " ".join(invoke(*arguments, code=1).stdout.split())
+    assert "first bfloat16 mismatch at token 0, channel" in text and "failed" in text and "ulp); that token" in text
+    invoke(*arguments, "--min-equal", 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ((), "neither"),
+        (("--exact", "--against", "there"), "both"),
+        (("--exact", "--recipe", "modelopt"), "--recipe"),
+        (("--exact", "--picture", "a.png"), "--picture"),
+    ],
+)
+def test_one_question_at_a_time(options: tuple[str, ...], what: str) -> None:
+    assert error_of("verify", "nowhere", *options)["got"] == what

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
-from nvfp4_experts.kernels.cpu import backend, library
+from nvfp4_experts.kernels import native
+from nvfp4_experts.kernels.cpu import backend
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, ACTIVATIONS, Call
 from tests.kernels import cpu_oracle
 
@@ -81,7 +82,7 @@ def disagreement(case: Case, tier: str) -> str | None:
     packed = list(backend.BACKEND.pack(*case.weights).values())
     got = torch.empty_like(case.x)
     settings = mock.patch.object(backend, "cpu_threads", lambda: case.threads)
-    with settings, mock.patch.dict(os.environ, {library.ISA_VARIABLE: tier}):
+    with settings, mock.patch.dict(os.environ, {native.ISA_VARIABLE: tier}):
         backend.BACKEND.shared_expert(case.x, packed, case.call, got)
     want = cpu_oracle.shared_expert(case.x, *case.weights, case.call)
     if not torch.equal(got.isnan(), want.isnan()):
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--cases", type=int, default=None, help="stop after so many")
     options = parser.parse_args()
-    loaded, reason = library.load()
+    loaded, reason = native.load()
     assert loaded is not None, reason
     tiers = [tier.name for tier in loaded.tiers if tier.present]
     start, done, failed = time.monotonic(), 0, 0

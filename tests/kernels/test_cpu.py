@@ -19,8 +19,8 @@ from torch import Tensor
 from nvfp4_experts.errors import UnsupportedError
 from nvfp4_experts.formats.activations import quantize_activation
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
-from nvfp4_experts.kernels import reference
-from nvfp4_experts.kernels.cpu import backend, library
+from nvfp4_experts.kernels import native, reference
+from nvfp4_experts.kernels.cpu import backend
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Call, Problem, choose_backend
 from nvfp4_experts.kernels.target import cpu_threads, target_of
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
@@ -28,7 +28,7 @@ from tests.fuzz.cpu import disagreement, draw
 from tests.kernels.test_shared_expert import make_expert, rel_l2, run
 from tests.tolerances import AGAINST_REFERENCE
 
-LOADED, REASON = library.load()
+LOADED, REASON = native.load()
 if LOADED is None:
     pytest.skip(f"the native library is not here: {REASON}", allow_module_level=True)
 TIERS = [tier.name for tier in LOADED.tiers if tier.present]
@@ -45,7 +45,7 @@ TOKENS = [1, 2, 3, 5, 8, 9, 17, 63, 130]
 @pytest.fixture(params=TIERS)
 def tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each tier in turn, forced."""
-    monkeypatch.setenv(library.ISA_VARIABLE, request.param)
+    monkeypatch.setenv(native.ISA_VARIABLE, request.param)
     return str(request.param)
 
 
@@ -67,7 +67,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 def in_each_tier(monkeypatch: pytest.MonkeyPatch, x: Tensor, weights: tuple[Nvfp4Tensor, ...], call: Call) -> Iterator:
     for name in TIERS:
-        monkeypatch.setenv(library.ISA_VARIABLE, name)
+        monkeypatch.setenv(native.ISA_VARIABLE, name)
         yield name, run("cpu", x, weights, call)
 
 
@@ -326,23 +326,23 @@ def test_threads_respect_torch_and_the_affinity_of_the_process(monkeypatch: pyte
 
 
 def test_the_best_tier_of_the_machine_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(library.ISA_VARIABLE, raising=False)
-    assert library.tier().name == TIERS[0] and TIERS[-1] == "portable"
+    monkeypatch.delenv(native.ISA_VARIABLE, raising=False)
+    assert native.tier().name == TIERS[0] and TIERS[-1] == "portable"
 
 
 @pytest.mark.parametrize("name", ["sse9", *ABSENT])
 def test_forcing_a_tier_that_is_not_here_is_an_error(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(library.ISA_VARIABLE, name)
-    with pytest.raises(UnsupportedError, match=rf"{library.ISA_VARIABLE}: must name a tier.*got '{name}'.*unset it"):
+    monkeypatch.setenv(native.ISA_VARIABLE, name)
+    with pytest.raises(UnsupportedError, match=rf"{native.ISA_VARIABLE}: must name a tier.*got '{name}'.*unset it"):
         choose_backend("auto", Problem(64, 32, "bf16", target_of("cpu")))
-    with pytest.raises(UnsupportedError, match=library.ISA_VARIABLE):
+    with pytest.raises(UnsupportedError, match=native.ISA_VARIABLE):
         Nvfp4SharedExpert(*make_expert(16, 16))
 
 
 @pytest.fixture
 def fresh_library() -> Iterator[None]:
     """What is known of the library is forgotten before and after the test."""
-    caches = library.load, library._tier
+    caches = native.load, native._tier
     for cache in caches:
         cache.cache_clear()
     yield
@@ -352,7 +352,7 @@ def fresh_library() -> Iterator[None]:
 
 @pytest.mark.usefixtures("fresh_library")
 def test_without_the_library_torch_runs_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "_NAME", "no such library")
+    monkeypatch.setattr(native, "_NAME", "no such library")
     assert Nvfp4SharedExpert(*make_expert(16, 16)).backend == "torch"
     reason = r"cpu: was installed without its native library: no C\+\+ compiler.*make native.*; torch: can run this"
     with pytest.raises(UnsupportedError, match=reason):
@@ -362,20 +362,20 @@ def test_without_the_library_torch_runs_and_the_reason_is_told(monkeypatch: pyte
 @pytest.mark.usefixtures("fresh_library")
 def test_a_library_of_other_sources_is_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert LOADED is not None
-    shutil.copytree(library._HERE / "csrc", tmp_path / "csrc")
+    shutil.copytree(native._HERE / "csrc", tmp_path / "csrc")
     shutil.copy(LOADED.file, tmp_path)
     with open(tmp_path / "csrc" / "api.h", "a") as file:
         file.write("// edited\n")
-    monkeypatch.setattr(library, "_HERE", tmp_path)
-    loaded, reason = library.load()
+    monkeypatch.setattr(native, "_HERE", tmp_path)
+    loaded, reason = native.load()
     assert loaded is None
     assert "was built from other sources" in reason and "build it again" in reason
 
 
 @pytest.mark.usefixtures("fresh_library")
 def test_a_file_that_is_no_library_is_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / library._NAME).write_text("not a library")
-    monkeypatch.setattr(library, "_HERE", tmp_path)
-    monkeypatch.setattr(library.importlib.metadata, "distributions", lambda **_: [])
-    loaded, reason = library.load()
+    (tmp_path / native._NAME).write_text("not a library")
+    monkeypatch.setattr(native, "_HERE", tmp_path)
+    monkeypatch.setattr(native.importlib.metadata, "distributions", lambda **_: [])
+    loaded, reason = native.load()
     assert loaded is None and "does not load" in reason

@@ -58,6 +58,16 @@ def test_on_a_cpu_its_own_kernel_comes_before_torch_and_hopper_says_what_it_need
     assert "Hopper" in (dispatch.get_backend("sm90").refusal(PROBLEM) or "")
 
 
+def test_auto_never_takes_what_must_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = dispatch.Problem(64, 32, "nvfp4", Target("cpu", "cpu"))
+    assert dispatch.choose_backend("exact", problem).name == "exact"
+    for name in dispatch.BACKENDS:
+        monkeypatch.setattr(type(dispatch.get_backend(name)), "refusal", lambda self, problem: "needs a moon")
+    with pytest.raises(UnsupportedError, match="needs a moon"):
+        dispatch.choose_backend("auto", problem)
+    assert dispatch.choose_backend("exact", problem).name == "exact"
+
+
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
 def test_hopper_kernels_run_on_hopper_alone(capability: tuple[int, int]) -> None:
     other = dispatch.Problem(64, 32, "bf16", Target("cuda", "another", capability, 100))

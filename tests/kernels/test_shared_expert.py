@@ -11,7 +11,7 @@ from nvfp4_experts.kernels import ops, reference, tiled, torch_backend
 from nvfp4_experts.kernels.dispatch import (
     ACTIVATION_SCALES,
     ACTIVATIONS,
-    BACKENDS,
+    ALL_BACKENDS,
     Call,
     Problem,
     choose_backend,
@@ -44,8 +44,13 @@ def rel_l2(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm())
 
 
-# A backend that refuses one problem of the CPU refuses all: what it lacks is the machine.
-ON_CPU = [n for n in BACKENDS if get_backend(n).refusal(Problem(64, 32, "bf16", target_of("cpu"))) is None]
+def on_cpu(activations: str) -> list[str]:
+    """Backends that take such a problem here; one that refuses one size refuses all: what it lacks is the machine."""
+    problem = Problem(64, 32, activations, target_of("cpu"))
+    return [name for name in ALL_BACKENDS if get_backend(name).refusal(problem) is None]
+
+
+ON_CPU = on_cpu("bf16")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -53,7 +58,7 @@ ON_CPU = [n for n in BACKENDS if get_backend(n).refusal(Problem(64, 32, "bf16", 
 def test_backend_matches_reference(activations: str, shape: tuple[int, int]) -> None:
     weights = make_expert(*shape)
     scales = torch.tensor(5.0 / 2688), torch.tensor(8.0 / 2688)
-    for backend in ON_CPU:
+    for backend in on_cpu(activations):
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[0])
             for mode in ACTIVATION_SCALES if activations == "nvfp4" else ("dynamic",):
@@ -76,7 +81,7 @@ def test_backend_matches_reference(activations: str, shape: tuple[int, int]) -> 
                 )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_pack_and_unpack_are_inverse_byte_for_byte(backend: str) -> None:
     weights = make_expert(144, 80)
     again = get_backend(backend).unpack(get_backend(backend).pack(*weights), 144, 80)
@@ -86,7 +91,7 @@ def test_pack_and_unpack_are_inverse_byte_for_byte(backend: str) -> None:
         assert torch.equal(before.global_scale, after.global_scale)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_weights_stay_packed(backend: str) -> None:
     hidden, intermediate = 256, 512
     packed = get_backend(backend).pack(*make_expert(hidden, intermediate))
@@ -208,6 +213,10 @@ class TestDispatch:
         monkeypatch.setattr(type(get_backend("torch")), "refusal", lambda self, problem: "needs a moon")
         with pytest.raises(UnsupportedError, match=r"sm90: needs a Hopper.*; cpu: can run this; torch: needs a moon"):
             choose_backend("torch", self.problem)
+
+    def test_a_refusal_of_one_that_auto_never_takes_is_told(self) -> None:
+        with pytest.raises(UnsupportedError, match=r"torch: can run this; exact: computes activations=\"nvfp4\" alone"):
+            choose_backend("exact", self.problem)
 
     def test_unknown_names_raise(self) -> None:
         with pytest.raises(UnsupportedError, match="must be one of"):

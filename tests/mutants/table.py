@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     Mutant(
         "gate and up exchanged in the pack",
-        "kernels/torch_backend.py",
+        "kernels/plain.py",
         "torch.cat((gate.codes, up.codes))",
         "torch.cat((up.codes, gate.codes))",
         "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
@@ -246,10 +246,67 @@ MUTANTS = (
     ),
     Mutant(
         "an edited checkout runs old code",
-        "kernels/cpu/library.py",
+        "kernels/native.py",
         "if expected is not None and library.source_digest != expected:",
         "if expected is None:",
         "tests/kernels/test_cpu.py::test_a_library_of_other_sources_is_not_run",
+    ),
+    # kernels: Blackwell's sum
+    Mutant(
+        "exact: to nearest, not toward zero",
+        "kernels/exact/rule.py",
+        "(terms / grid).trunc().sum(0)",
+        "(terms / grid).round().sum(0)",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+    ),
+    Mutant(
+        "exact: 34 fractional bits",
+        "kernels/exact/rule.py",
+        "FRACTION_BITS = 35",
+        "FRACTION_BITS = 34",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+    ),
+    Mutant(
+        "exact: the sum so far is not cut",
+        "kernels/exact/rule.py",
+        "(sums / grid).trunc()",
+        "(sums / grid)",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+    ),
+    Mutant(
+        "exact: the sum so far has no say in the grid",
+        "kernels/exact/rule.py",
+        "torch.maximum(powers.amax(0), _power(sums))",
+        "powers.amax(0)",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+    ),
+    Mutant(
+        "exact: a sum rounded to fp32",
+        "kernels/exact/rule.py",
+        "sums = _cut_to_fp32(total * grid + 0.0)",
+        "sums = (total * grid + 0.0).float()",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+    ),
+    Mutant(
+        "exact: scales have signs",
+        "kernels/exact/rule.py",
+        "pad(scale_bytes & 0x7F, (0, missing))",
+        "pad(scale_bytes, (0, missing))",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+    ),
+    Mutant(
+        "exact: auto takes it",
+        "kernels/dispatch.py",
+        "BACKENDS = tuple(_MODULES)\n",
+        'BACKENDS = (*_MODULES, "exact")\n',
+        "tests/kernels/test_dispatch.py::test_auto_never_takes_what_must_be_asked_for",
+    ),
+    Mutant(
+        "C++ exact: to nearest, not toward zero",
+        "kernels/cpu/csrc/exact.h",
+        "nearest > magnitude ? nearest - grid : nearest",
+        "nearest",
+        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
     ),
     # layers
     Mutant(

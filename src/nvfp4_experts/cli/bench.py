@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from . import render
+from .exactness import percent
 from .files import check_outputs, whole_file
 from .options import ActivationScale, Backend, Force, numbers, words
 
 if TYPE_CHECKING:
+    from ..diagnostics.bench.exact import ExactSection
     from ..diagnostics.bench.report import BenchReport, Row
 
 NAME = "bench"
@@ -49,33 +51,51 @@ def command(
     csv_file: Annotated[
         Path | None, typer.Option("--csv", help="Write the rows as CSV to this file.", show_default=False)
     ] = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--report",
+            help="Write one JSON file to send to us: machine, what can run, bits against backend exact, checks, times.",
+            show_default=False,
+        ),
+    ] = None,
     picture: Annotated[
         Path | None, typer.Option(help="Draw time against tokens: .png, .svg or .pdf.", show_default=False)
     ] = None,
     force: Force = False,
 ) -> None:
-    check_outputs({"--json": json_file, "--csv": csv_file, "--picture": picture}, force)
+    check_outputs({"--json": json_file, "--csv": csv_file, "--report": report_file, "--picture": picture}, force)
     if quick:
         tokens, seconds = tokens or _QUICK_TOKENS, _QUICK_SECONDS
 
-    from ..diagnostics.bench.measure import PEERS, bench, our_candidates
+    from ..diagnostics.bench.exact import measure_exactness, report_to_dict
+    from ..diagnostics.bench.measure import PEERS, bench, checked_device, our_candidates
     from ..diagnostics.bench.picture import draw_bench
     from ..diagnostics.bench.work import find_work
     from ..diagnostics.plotting import check_plotting
 
     if picture is not None:
         check_plotting()
+    ours = our_candidates(words(activations), activation_scale, words(backend))
+    section = None
     with render.progress(as_json=False, in_bytes=False) as progress:
         report = bench(
             find_work(shape),
-            (*our_candidates(words(activations), activation_scale, words(backend)), *PEERS),
+            (*ours, *PEERS),
             tokens=numbers(tokens) if tokens is not None else None,
             device=device,
             seconds=seconds,
             command=" ".join(["nvfp4-experts", *sys.argv[1:]]),
             progress=progress,
         )
+        if report_file is not None:
+            progress(0, 1, "bits against backend exact")
+            section = measure_exactness(ours, checked_device(device))
     _print(report)
+    if report_file is not None and section is not None:
+        _print_exactness(section)
+        with whole_file(report_file) as partial:
+            partial.write_text(render.json_text(report_to_dict(report, section)) + "\n", encoding="utf-8")
     if json_file is not None:
         with whole_file(json_file) as partial:
             partial.write_text(render.json_text(report.to_dict()) + "\n", encoding="utf-8")
@@ -111,12 +131,33 @@ def _print(report: BenchReport) -> None:
         checks.add_row(*_check_row(report.of(name)))
     out.print(checks)
     timed = [name for name in report.candidates if any(row.status == "timed" for row in report.of(name))]
-    times = render.table("Median µs per call, and how many times the floor", (), ("tokens", "floor", *timed))
+    columns = ("tokens", "floor", *map(_text, timed))
+    times = render.table("Median µs per call, and how many times the floor", (), columns)
     for count in report.tokens:
         rows = [row for name in timed for row in report.of(name) if row.tokens == count]
         times.add_row(str(count), _digits(rows[0].floor_us), *map(_time, rows))
     if timed:
         out.print(times)
+
+
+def _print_exactness(section: ExactSection) -> None:
+    """Each comparison in a line, and whether the exact side can be trusted on this device."""
+    out = render.console()
+    numbers = ("tokens", "with other h", "bit-equal bf16", "fp32")
+    table = render.table("nvfp4 outputs against backend exact", ("backend", "shape", "activation scale"), numbers)
+    for case in section.cases:
+        cells = [case.backend, case.shape, case.activation_scale, str(case.tokens)]
+        if case.found is None:
+            out.print(f"{' '.join(cells)}: {case.reason}", markup=False)
+            continue
+        cells[0] = case.found.backend
+        equal = [percent(output.share) for output in case.found.outputs]
+        table.add_row(*cells, str(case.found.tokens_with_other_h), *equal)
+    out.print(table)
+    check = section.against_cpu
+    same = check.first is None
+    verdict = "[green]the same bits[/]" if same else f"[bold red]{percent(check.share)} equal[/]"
+    out.print(f"exact sums here ({section.form}) and on the CPU: {verdict}")
 
 
 def _check_row(rows: tuple[Row, ...]) -> list[str]:
@@ -139,7 +180,8 @@ def _check_row(rows: tuple[Row, ...]) -> list[str]:
     worst = max(errors, key=lambda error: (error != error, error), default=None)
     weights = "–" if first.resident_bytes is None else render.size(first.resident_bytes)
     copies = str(first.copies or "–")
-    return [first.candidate, first.detail, outcome, weights, copies, render.number(worst), render.number(first.bound)]
+    figures = [weights, copies, render.number(worst), render.number(first.bound)]
+    return [_text(first.candidate), first.detail, outcome, *figures]
 
 
 def _text(reason: str | None) -> str:

@@ -74,6 +74,7 @@ def _abilities(title: str, abilities: tuple[Ability, ...]) -> Table:
     table = render.table(title, ("name", "on", "runs here"), ())
     for ability in abilities:
         outcome = Text("yes", "green") if ability.reason is None else Text(f"no: {ability.reason}")
+        outcome.append(f": {ability.note}" if ability.note else "", "default")
         table.add_row(ability.name, ability.where or "cpu", outcome)
     return table
 

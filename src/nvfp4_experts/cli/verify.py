@@ -1,34 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`nvfp4-experts verify`: how far a checkpoint is from the one it was made from."""
+"""`nvfp4-experts verify`: how far a checkpoint is from the one it was made from, or a backend from Blackwell's sums."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ..errors import InputError
 from . import render
+from .exactness import print_exactness
 from .files import check_outputs, whole_file
 from .options import AsJson, Backend, Checkpoint, Device, Experts, Force, Layers, Recipe
 
 if TYPE_CHECKING:
+    from ..diagnostics.exactness import ExactnessReport
     from ..diagnostics.verify import ExpertVerification, OutputError, VerificationReport
 
 NAME = "verify"
-HELP = "Compare a checkpoint with its original: weights, outputs in each activation format, and bits where promised."
+HELP = (
+    "Compare a checkpoint with its original: weights, outputs in each activation format, and bits where promised; "
+    "or a backend, on its layers, with what Blackwell's FP4 tensor core computes."
+)
 EXAMPLE = "Example: [bold]nvfp4-experts verify tiny-nvfp4 --against tiny-bf16 --picture verify.png[/]"
 
 DEFAULT_MAX_ERROR = 0.25
+DEFAULT_MIN_EQUAL = 0.99
 
 
 def command(
     checkpoint: Checkpoint,
     against: Annotated[
-        str, typer.Option(metavar="ORIGINAL", help="What CKPT was made from: directory or Hub id.", show_default=False)
-    ],
+        str | None,
+        typer.Option(metavar="ORIGINAL", help="What CKPT was made from: directory or Hub id.", show_default=False),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Instead: --backend against backend exact, bit for bit, with nvfp4 activations."),
+    ] = False,
     layer: Layers = None,
     experts: Annotated[Experts, typer.Option(help="Which experts to compare.")] = "shared",
     sample: Annotated[
@@ -50,6 +62,10 @@ def command(
         float,
         typer.Option(min=0.0, help="Largest rel-L2 of an expert's bf16-activation output against ORIGINAL's weights."),
     ] = DEFAULT_MAX_ERROR,
+    min_equal: Annotated[
+        float,
+        typer.Option(min=0.0, max=1.0, help="With --exact: share of an expert's bf16 outputs that must be bit-equal."),
+    ] = DEFAULT_MIN_EQUAL,
     report: Annotated[
         Path | None, typer.Option(help="Write the report as JSON to this file.", show_default=False)
     ] = None,
@@ -62,42 +78,53 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     check_outputs({"--report": report, "--picture": picture}, force)
+    if exact == (against is not None):
+        got = "both" if exact else "neither"
+        raise InputError("verify", "takes --against ORIGINAL or --exact", got, "ask one question at a time")
+    if exact and (recipe is not None or picture is not None):
+        got = "--recipe" if picture is None else "--picture"
+        raise InputError("verify --exact", "compares a backend's outputs, and draws nothing", got, "leave it out")
 
+    from ..diagnostics.exactness import verify_exact
     from ..diagnostics.hidden_states import load_hidden_states
     from ..diagnostics.picture import draw
     from ..diagnostics.plotting import check_plotting
-    from ..diagnostics.verify import verify_checkpoint
+    from ..diagnostics.verify import VerificationReport, verify_checkpoint
 
     if picture is not None:
         check_plotting()
+    common: dict[str, Any] = {
+        "layers": layer or None,
+        "experts": experts,
+        "sample": sample,
+        "hidden_states": load_hidden_states(input, tensor) if input else None,
+        "tokens": tokens,
+        "seed": seed,
+        "device": device,
+        "backend": backend,
+    }
+    found: VerificationReport | ExactnessReport
     with render.progress(as_json, in_bytes=False) as progress:
-        found = verify_checkpoint(
-            checkpoint,
-            against,
-            layers=layer or None,
-            experts=experts,
-            sample=sample,
-            hidden_states=load_hidden_states(input, tensor) if input else None,
-            tokens=tokens,
-            seed=seed,
-            recipe=recipe,
-            max_error=max_error,
-            device=device,
-            backend=backend,
-            progress=progress,
-        )
+        if against is None:
+            found = verify_exact(checkpoint, **common, min_equal=min_equal, progress=progress)
+        else:
+            found = verify_checkpoint(
+                checkpoint, against, **common, recipe=recipe, max_error=max_error, progress=progress
+            )
     if input is not None:
         found = replace(found, hidden_states=str(input))
     if report is not None:
         with whole_file(report) as partial:
             partial.write_text(render.json_text(found.to_dict()) + "\n")
-    if picture is not None:
+    if picture is not None and isinstance(found, VerificationReport):
         with whole_file(picture) as partial:
             draw(found, partial)
     if as_json:
         render.print_json(found.to_dict())
-    else:
+    elif isinstance(found, VerificationReport):
         _print(found)
+    else:
+        print_exactness(found)
     if not found.passed:
         raise typer.Exit(1)
 

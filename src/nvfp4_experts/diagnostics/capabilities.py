@@ -9,8 +9,9 @@ import torch
 
 from .._version import __version__
 from ..errors import UnsupportedError
-from ..kernels.cpu import library
-from ..kernels.dispatch import ACTIVATIONS, BACKENDS, Problem, get_backend
+from ..kernels import native
+from ..kernels.dispatch import ACTIVATIONS, ALL_BACKENDS, BACKENDS, Problem, get_backend
+from ..kernels.exact import rule
 from ..kernels.target import cpu_threads, target_of
 from .bench.machine import cpu_model, default_device
 
@@ -20,11 +21,15 @@ _HIDDEN, _INTERMEDIATE = 256, 256
 
 @dataclass(frozen=True)
 class Ability:
-    """Something that runs here, or why it does not (`reason`, a clause); `where` is a device or None."""
+    """Something that runs here, or why it does not (`reason`, a clause); `where` is a device or None.
+
+    `note` says what else there is to know of how it runs.
+    """
 
     name: str
     where: str | None
     reason: str | None
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,11 @@ def describe_capabilities() -> Capabilities:
         devices.append(device)
         target = target_of(device)
         gpu = f"{target.name}, compute capability {'.'.join(map(str, target.capability or ()))}"
-    loaded, reason = library.load()
+    loaded, reason = native.load()
     tier = tier_reason = None
     if loaded is not None:
         try:
-            tier = library.tier().name
+            tier = native.tier().name
         except UnsupportedError as error:
             tier_reason = str(error)
     tiers = [
@@ -83,7 +88,7 @@ def describe_capabilities() -> Capabilities:
         cpu=cpu_model(),
         threads=cpu_threads(),
         gpu=gpu,
-        backends=tuple(_backend(name, where) for where in devices for name in BACKENDS),
+        backends=tuple(_backend(name, where) for where in devices for name in ALL_BACKENDS),
         library=None if loaded is None else str(loaded.file),
         library_reason=reason or None,
         tiers=tuple(tiers),
@@ -93,13 +98,20 @@ def describe_capabilities() -> Capabilities:
 
 
 def _backend(name: str, device: torch.device) -> Ability:
-    """Whether a backend runs on a device in every activation format; the first reason where it does not."""
+    """Whether a backend runs on a device, and in which activation formats; the first reason where it does in none."""
     backend, target = get_backend(name), target_of(device)
+    reasons = {}
     for activations in ACTIVATIONS:
         try:
-            reason = backend.refusal(Problem(_HIDDEN, _INTERMEDIATE, activations, target))
+            reasons[activations] = backend.refusal(Problem(_HIDDEN, _INTERMEDIATE, activations, target))
         except UnsupportedError as error:
-            reason = str(error)
-        if reason is not None:
-            return Ability(name, device.type, reason)
-    return Ability(name, device.type, None)
+            reasons[activations] = str(error)
+    accepted = [activations for activations, reason in reasons.items() if reason is None]
+    if not accepted:
+        return Ability(name, device.type, next(iter(reasons.values())))
+    notes = [] if len(accepted) == len(ACTIVATIONS) else [f"{', '.join(accepted)} activations alone"]
+    if name not in BACKENDS:
+        notes.append("when asked for by name")
+    if name == "exact":
+        notes.append(rule.form(device))
+    return Ability(name, device.type, None, "; ".join(notes) or None)

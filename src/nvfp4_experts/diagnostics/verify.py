@@ -171,7 +171,7 @@ def verify_checkpoint(
     """
     usable_device(device)
     ours, theirs = open_checkpoint(checkpoint), open_checkpoint(original)
-    chosen = _choose(ours, layers, experts, sample)
+    chosen = choose_experts(ours, layers, experts, sample)
     truths = {(entry.layer, entry.kind, entry.index): entry for entry in theirs.experts}
     described = f"N(0, 1), seed {seed}" if hidden_states is None else "given"
     count = tokens if hidden_states is None else hidden_states.numel() // max(hidden_states.shape[-1], 1)
@@ -197,7 +197,14 @@ def exact_expert(x: Tensor, weights: dict[str, Tensor], limit: float) -> Tensor:
     return swiglu(x @ gate.T, x @ up.T, limit) @ down.T
 
 
-def _choose(checkpoint: Checkpoint, layers: list[int] | None, experts: str, sample: int | None) -> list[ExpertEntry]:
+def choose_experts(
+    checkpoint: Checkpoint, layers: list[int] | None, experts: str, sample: int | None
+) -> list[ExpertEntry]:
+    """The experts that `layers`, `experts` and `sample` of `verify_checkpoint` select.
+
+    Raises:
+        InputError: none.
+    """
     kinds = ("shared", "routed") if experts == "all" else (experts,)
     chosen = []
     for layer in sorted({entry.layer for entry in checkpoint.experts}) if layers is None else layers:

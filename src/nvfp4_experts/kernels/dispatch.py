@@ -2,8 +2,9 @@
 """Which backend runs a shared expert, and why not the others.
 
 A backend is one module with a `BACKEND` object. It refuses a problem with a reason or takes it; it packs weights into
-the form its kernel reads and can unpack them again; and it computes. A new backend is a new row in `_MODULES`: the
-contract tests, `nvfp4-experts run --backend` and the error messages find it there.
+the form its kernel reads and can unpack them again; and it computes. A new backend is a new row in `_MODULES`, or in
+`_MODULES_BY_NAME` if it must be asked for: the contract tests, `nvfp4-experts run --backend` and the error messages
+find it there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ ACTIVATION_SCALES = ("static", "dynamic", "per_token")
 # Preference order of "auto": the first that does not refuse. Modules load on first use.
 _MODULES = {"sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
 BACKENDS = tuple(_MODULES)
+
+# What "auto" never takes, though it runs everywhere: it answers another question than how to be fast.
+_MODULES_BY_NAME = {"exact": "exact.backend"}
+ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 
 @dataclass(frozen=True)
@@ -90,16 +95,17 @@ class Backend(Protocol):
 @functools.cache
 def get_backend(name: str) -> Backend:
     """The backend of that name, imported on first use."""
-    if name not in _MODULES:
-        raise UnsupportedError("backend", f"must be one of {('auto', *BACKENDS)}", repr(name), "use 'auto'")
-    return importlib.import_module(f".{_MODULES[name]}", __package__).BACKEND
+    if name not in ALL_BACKENDS:
+        raise UnsupportedError("backend", f"must be one of {('auto', *ALL_BACKENDS)}", repr(name), "use 'auto'")
+    module = (_MODULES | _MODULES_BY_NAME)[name]
+    return importlib.import_module(f".{module}", __package__).BACKEND
 
 
 def choose_backend(name: str, problem: Problem) -> Backend:
     """The backend to use for a problem.
 
     Args:
-        name: a name from BACKENDS, or "auto" for the first that does not refuse.
+        name: a name from ALL_BACKENDS, or "auto" for the first of BACKENDS that does not refuse.
         problem: the layer and the machine.
 
     Raises:
@@ -111,7 +117,8 @@ def choose_backend(name: str, problem: Problem) -> Backend:
         backend = get_backend(candidate)
         if backend.refusal(problem) is None:
             return backend
-    reasons = "; ".join(f"{other}: {get_backend(other).refusal(problem) or 'can run this'}" for other in BACKENDS)
+    asked = dict.fromkeys((*BACKENDS, *wanted))
+    reasons = "; ".join(f"{other}: {get_backend(other).refusal(problem) or 'can run this'}" for other in asked)
     raise UnsupportedError(
         f"backend {name!r}", f"must be able to run {problem}", reasons, "use 'auto' or change the layer"
     )

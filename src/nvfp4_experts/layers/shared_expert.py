@@ -48,7 +48,7 @@ class Nvfp4SharedExpert(nn.Module):
             of the batch) or "per_token" (amax of each row: no request changes another's numbers).
         input_scale, hidden_scale: static scales of x and of h, decode direction (amax / 2688), > 0; None if unknown.
         max_tokens: the largest T of a call; more raises.
-        backend: a name from `kernels.dispatch.BACKENDS`, or "auto".
+        backend: a name from `kernels.dispatch.ALL_BACKENDS`, or "auto".
 
     Raises:
         LayoutError: shapes that do not fit together, or negative block scales, which sm90 cannot hold.

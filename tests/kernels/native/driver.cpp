@@ -3,7 +3,7 @@
 //
 // Every tier of the machine, shapes and numbers of tokens that divide by nothing, buffers of exactly the size they must
 // have (the sanitizer guards their ends) at odd addresses. Prints, per tier, a hash over the results with NVFP4
-// activations, which must be the same in all tiers, and one over those in bf16 and fp8.
+// activations and over exact products, which must be the same in all tiers, and one over those in bf16 and fp8.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,9 +13,12 @@
 #include "tiers.h"
 
 using nvfp4::Call;
+using nvfp4::Exact;
 
 extern "C" int64_t nvfp4_scratch_bytes(const Call* call);
 extern "C" void nvfp4_shared_expert(const Call* call);
+extern "C" int64_t nvfp4_exact_entered_bytes(int64_t tokens, int64_t columns);
+extern "C" void nvfp4_exact(const Exact* product);
 
 namespace {
 
@@ -88,6 +91,25 @@ uint64_t run(int tier, Shape shape, int32_t activations, int32_t mode, int32_t e
   return hash(seed, y.data(), y.bytes);
 }
 
+// An exact product of a shape's tokens with `intermediate` rows and one more, which fill no tile.
+uint64_t run_exact(int tier, Shape shape, uint64_t seed) {
+  state = 2;
+  const int64_t t = shape.tokens, n = shape.intermediate + 1, k = shape.hidden;
+  Memory<uint8_t> a(t * k / 2), a_scales(t * k / 16), b(n * k / 2), b_scales(n * k / 16);
+  for (Memory<uint8_t>* side : {&a, &a_scales, &b, &b_scales})
+    for (int64_t i = 0; i < side->bytes; ++i) side->data()[i] = static_cast<uint8_t>(random32());
+  for (Memory<uint8_t>* side : {&a_scales, &b_scales})  // NaN now and then
+    for (int64_t i = 0; i < side->bytes; ++i) side->data()[i] &= random32() % 512 ? 0x7E : 0xFF;
+  Memory<float> out(t * n);
+  Memory<uint32_t> entered(nvfp4_exact_entered_bytes(t, k) / 4);
+  memset(out.data(), 0xA5, out.bytes);
+  memset(entered.data(), 0xFF, entered.bytes);
+  Exact product{a.data(), a_scales.data(), b.data(), b_scales.data(), out.data(),
+                reinterpret_cast<nvfp4::ExactBlock*>(entered.data()), t, n, k, 3, tier};
+  nvfp4_exact(&product);
+  return hash(seed, out.data(), out.bytes);
+}
+
 }  // namespace
 
 int main() {
@@ -95,13 +117,15 @@ int main() {
   for (int tier = 0; tier < nvfp4::tier_count(); ++tier) {
     if (!nvfp4::tier_at(tier)->present()) continue;
     uint64_t exact = 14695981039346656037u, others = exact;
-    for (const Shape& shape : shapes)
+    for (const Shape& shape : shapes) {
+      exact = run_exact(tier, shape, exact);
       for (int32_t element = 0; element < 3; ++element) {
         auto f = element == nvfp4::kElementFp32 ? run<uint32_t> : run<uint16_t>;
         for (int32_t mode = 0; mode < 3; ++mode) exact = f(tier, shape, nvfp4::kNvfp4, mode, element, exact);
         for (int32_t activations = 0; activations < 2; ++activations)
           others = f(tier, shape, activations, 0, element, others);
       }
+    }
     printf("%s %016llx %016llx\n", nvfp4::tier_at(tier)->name, static_cast<unsigned long long>(exact),
            static_cast<unsigned long long>(others));
   }

@@ -8,4 +8,5 @@ ceilings    how fast this device streams bytes and multiplies matrices
 timing      graph replays on CUDA, a clock elsewhere; weights rotated past the caches
 measure     check, then time, interleaved
 report      what came out, as numbers; picture draws it
+exact       nvfp4 candidates against backend exact, bit for bit, and the file of `bench --report`
 """

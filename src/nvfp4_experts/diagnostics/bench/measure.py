@@ -154,7 +154,7 @@ def checked_device(device: torch.device | str | None) -> torch.device:
         target_of(where)
         torch.empty(0, device=where)
     except (AssertionError, RuntimeError) as error:
-        raise UnsupportedError("device", "must be there", f"{device!r}: {_brief(error)}", "try cpu") from error
+        raise UnsupportedError("device", "must be there", f"{device!r}: {brief(error)}", "try cpu") from error
     return where
 
 
@@ -273,13 +273,13 @@ def _now(device: torch.device) -> float:
 def _raised(entry: Entry, counts: Sequence[int], error: Exception) -> None:
     """Note an exception: a reason, unless it is one of ours that broke."""
     if entry.candidate.ours and not isinstance(error, UnsupportedError):
-        entry.failure = entry.failure or _brief(error)
+        entry.failure = entry.failure or brief(error)
     else:
-        entry.unavailable.update(dict.fromkeys(counts, _brief(error)))
+        entry.unavailable.update(dict.fromkeys(counts, brief(error)))
 
 
-def _brief(error: Exception) -> str:
-    """Type and first line."""
+def brief(error: Exception) -> str:
+    """An exception in one line: its type, and the first line of its text."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 

@@ -2,6 +2,5 @@
 """The CPU's own kernel: one native call per shared expert, the best instruction set of this machine chosen at run time.
 
 backend     what `dispatch` sees: packing, scratch, the call
-library     where the native library is, or why there is none; its tiers
-csrc        C++17 with intrinsics; api.h says what is in it
+csrc        C++17 with intrinsics; api.h says what is in it; ../native.py loads the library made of it
 """

@@ -22,9 +22,9 @@ from torch import Tensor
 from ...formats.nvfp4 import Nvfp4Tensor
 from ...layouts.rows import ROWS, pack_rows, row_tile_bytes, unpack_rows
 from ...layouts.weights import deinterleave_rows, interleave_rows, row_amax
+from .. import native
 from ..dispatch import ACTIVATION_SCALES, Call, Problem
 from ..target import cpu_threads
-from . import library
 
 CHUNK = 1024
 _ACTIVATIONS = {"bf16": 0, "fp8": 1, "nvfp4": 2}
@@ -40,10 +40,10 @@ class CpuBackend:
     def refusal(self, problem: Problem) -> str | None:
         if problem.target.device_type != "cpu":
             return "needs its tensors in the memory of a CPU"
-        loaded, reason = library.load()
+        loaded, reason = native.load()
         if loaded is None:
             return reason
-        library.tier()  # a forced tier that is not here is an error, not a reason to take another backend
+        native.tier()  # a forced tier that is not here is an error, not a reason to take another backend
         return None
 
     def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
@@ -76,11 +76,11 @@ class CpuBackend:
         return sum(holder.block.nbytes for holder in list(_holders) if holder.block is not None)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        loaded, reason = library.load()
+        loaded, reason = native.load()
         assert loaded is not None, reason  # it was there when the layer was built
         gate_up, gate_up_scales, gate_up_amax, down, down_scale, down_amax = weights
         whole = call.activations == "nvfp4" and call.activation_scale == "dynamic"
-        native = library.Call(
+        layer = native.Call(
             gate_up=gate_up.data_ptr(),
             gate_up_global_scales=gate_up_scales.data_ptr(),
             gate_up_row_amax=gate_up_amax.data_ptr(),
@@ -96,15 +96,15 @@ class CpuBackend:
             activations=_ACTIVATIONS[call.activations],
             scale_mode=_SCALE_MODE[call.activation_scale],
             threads=cpu_threads(),
-            tier=library.tier().index,
+            tier=native.tier().index,
         )
         tokens, row_bytes = x.shape[0], x.shape[1] * x.itemsize
         step = tokens if whole else CHUNK
         for first in range(0, tokens, step):
-            native.x, native.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
-            native.tokens = min(step, tokens - first)
-            native.scratch = _scratch(loaded.scratch_bytes(byref(native)))
-            loaded.shared_expert(byref(native))
+            layer.x, layer.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
+            layer.tokens = min(step, tokens - first)
+            layer.scratch = _scratch(loaded.scratch_bytes(byref(layer)))
+            loaded.shared_expert(byref(layer))
 
 
 class _Scratch(threading.local):

@@ -3,9 +3,10 @@
 //
 //   nvfp4_shared_expert(call)    one shared expert, x (T, H) to y (T, H): kernels/reference.py says what is computed
 //   nvfp4_scratch_bytes(call)    how many bytes of scratch that call needs
+//   nvfp4_exact(product)         a matrix product as Blackwell's FP4 tensor core sums it: exact.h
 //   nvfp4_tier_*                 the instruction sets it was built for, and why one cannot run here
 //
-// library.py mirrors `Call` field by field; its size is checked when the library is loaded.
+// kernels/native.py mirrors `Call` and `Exact` field by field; their size is checked when the library is loaded.
 #pragma once
 
 #include <cstddef>
@@ -38,6 +39,29 @@ struct Call {
   int32_t element;
   int32_t activations;
   int32_t scale_mode;
+  int32_t threads;
+  int32_t tier;
+};
+
+// Block of 16 values of a token, on its way into an exact product.
+struct ExactBlock {
+  int8_t twice[16];  // 2 * e2m1
+  int32_t start;     // of dot products with it, where weights have a bias: dot.h
+  float scale;
+  float power;  // of two, of that scale: exact.h
+};
+
+// out (T, N) = a (T, K) x b (N, K), both in NVFP4 without their global scales, codes and scales by rows.
+struct Exact {
+  const uint8_t* a_codes;
+  const uint8_t* a_scales;
+  const uint8_t* b_codes;
+  const uint8_t* b_scales;
+  float* out;
+  ExactBlock* entered;  // kStepBlocks * steps(K) * T of them: scratch, in the order of exact.h
+  int64_t tokens;
+  int64_t rows;     // N
+  int64_t columns;  // K, a multiple of 16
   int32_t threads;
   int32_t tier;
 };
@@ -80,10 +104,13 @@ struct Kernels {
   void (*enter)(const Entry& entry, int64_t group);
   void (*gate_up)(const Half& half, int64_t first_token, int64_t pair);
   void (*down)(const Half& half, int64_t first_token, int64_t pair);
+  void (*exact_enter)(const Exact& product, int64_t token);
+  void (*exact_multiply)(const Exact& product, int64_t first_token, int64_t tile);
 };
 
 constexpr int64_t kRows = 16;        // of a tile
 constexpr int64_t kBlock = 16;       // columns under one scale
+constexpr int64_t kStepBlocks = 4;   // of an exact product: 64 columns are summed at a time
 constexpr int64_t kTokenBlock = 128;  // tokens that meet a pair of tiles in one piece of work
 
 struct Tier {

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// One shared expert in one call: four steps, each cut into pieces that threads take.
+// The calls of api.h. One shared expert is four steps, each cut into pieces that threads take:
 //
 //   1  enter     x -> values           by groups of tokens
 //   2  gate_up   values -> h (fp32)    by blocks of tokens x tiles of 16 channels
 //   3  enter     h -> values           by groups of tokens
 //   4  down      values -> y           by blocks of tokens x 32 rows
 //
-// kDynamic looks for the largest magnitude of all x, and of all h, in front of steps 1 and 3.
+// kDynamic looks for the largest magnitude of all x, and of all h, in front of steps 1 and 3. An exact product is an enter
+// by tokens and one multiplication, by blocks of tokens x tiles of 16 rows.
 #include "api.h"
 #include "team.h"
 #include "tiers.h"
@@ -88,7 +89,21 @@ NVFP4_EXPORT void nvfp4_shared_expert(const Call* given) {
            pieces(call.hidden, 2 * kRows), kernels.down);
 }
 
-NVFP4_EXPORT int64_t nvfp4_call_bytes() { return sizeof(Call); }
+NVFP4_EXPORT int64_t nvfp4_exact_entered_bytes(int64_t tokens, int64_t columns) {
+  return pieces(columns, kStepBlocks * kBlock) * kStepBlocks * tokens * static_cast<int64_t>(sizeof(ExactBlock));
+}
+
+NVFP4_EXPORT void nvfp4_exact(const Exact* given) {
+  const Exact& product = *given;
+  const Kernels& kernels = *tier_at(product.tier)->kernels;
+  run(product.tokens * product.columns < kValuesAlone ? 1 : product.threads, product.tokens,
+      [&](int64_t token) { kernels.exact_enter(product, token); });
+  const int64_t tiles = pieces(product.rows, kRows);
+  run(product.threads, pieces(product.tokens, kTokenBlock) * tiles,
+      [&](int64_t index) { kernels.exact_multiply(product, index / tiles * kTokenBlock, index % tiles); });
+}
+
+NVFP4_EXPORT int64_t nvfp4_call_bytes() { return sizeof(Call) + sizeof(Exact); }
 NVFP4_EXPORT int nvfp4_tier_count() { return tier_count(); }
 NVFP4_EXPORT const char* nvfp4_tier_name(int tier) { return tier_at(tier)->name; }
 NVFP4_EXPORT const char* nvfp4_tier_needs(int tier) { return tier_at(tier)->needs; }

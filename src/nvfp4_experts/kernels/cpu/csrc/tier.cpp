@@ -6,6 +6,7 @@
 //
 // each for a block of kTokenBlock tokens, from values that enter.h made.
 #include "enter.h"
+#include "exact.h"
 #include "multiply.h"
 
 namespace nvfp4 {
@@ -222,7 +223,7 @@ static void down(const Half& half, int64_t first, int64_t pair) {
 }
 
 extern const Kernels kKernels;
-const Kernels kKernels = {kGroup, value_bytes, row_amax, enter, gate_up, down};
+const Kernels kKernels = {kGroup, value_bytes, row_amax, enter, gate_up, down, exact_enter, exact_multiply};
 
 }  // namespace NVFP4_TIER
 }  // namespace nvfp4

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native library: found, checked and loaded once; or the reason why not, with the command that mends it.
 
-It lies beside this file, or where the installed distribution has it (an editable install leaves the sources in the
-checkout). A library built from other sources than those in csrc/ is not loaded: an edited checkout would run old code.
+It lies in cpu/, beside its sources, or where the installed distribution has it (an editable install leaves the sources
+in the checkout). A library built from other sources than those in cpu/csrc/ is not loaded: an edited checkout would run
+old code. Two backends call it, cpu and exact.
 
     NVFP4_EXPERTS_CPU_ISA    name of the tier to run (see `tiers`); unset or empty: the best that this machine has
 """
@@ -21,12 +22,12 @@ from pathlib import Path
 
 import torch  # noqa: F401  its OpenMP runtime must be in the process before the library looks for it
 
-from ...errors import UnsupportedError
+from ..errors import UnsupportedError
 
 ISA_VARIABLE = "NVFP4_EXPERTS_CPU_ISA"
 BUILD = "pip install . (or, in a checkout, make native) with a C++17 compiler: GCC 12 or later, or Clang 15 or later"
 _NAME = "libnvfp4_experts_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parent / "cpu"
 _WEIGHTS = ("gate_up", "gate_up_global_scales", "gate_up_row_amax", "down", "down_global_scale", "down_row_amax")
 _POINTERS = ("x", "y", *_WEIGHTS, "input_scale", "hidden_scale", "scratch")
 
@@ -39,6 +40,16 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "intermediate")),
         ("clamp", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("element", "activations", "scale_mode", "threads", "tier")),
+    )
+
+
+class Exact(ctypes.Structure):
+    """`Exact` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("a_codes", "a_scales", "b_codes", "b_scales", "out", "entered")),
+        *((name, ctypes.c_int64) for name in ("tokens", "rows", "columns")),
+        *((name, ctypes.c_int32) for name in ("threads", "tier")),
     )
 
 
@@ -67,6 +78,10 @@ class Library:
         handle = ctypes.CDLL(str(file))
         self.shared_expert = _declared(handle.nvfp4_shared_expert, None, ctypes.POINTER(Call))
         self.scratch_bytes = _declared(handle.nvfp4_scratch_bytes, ctypes.c_int64, ctypes.POINTER(Call))
+        self.exact = _declared(handle.nvfp4_exact, None, ctypes.POINTER(Exact))
+        self.exact_entered_bytes = _declared(
+            handle.nvfp4_exact_entered_bytes, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
+        )
         self.threads = _declared(handle.nvfp4_threads, ctypes.c_char_p)
         self.source_digest = _declared(handle.nvfp4_source_digest, ctypes.c_char_p)().decode()
         self.call_bytes = _declared(handle.nvfp4_call_bytes, ctypes.c_int64)()
@@ -95,7 +110,7 @@ def load() -> tuple[Library | None, str]:
         expected = source_digest()
         if expected is not None and library.source_digest != expected:
             reasons.append(f"{file} was built from other sources than {_HERE / 'csrc'}; build it again: {BUILD}")
-        elif library.call_bytes != ctypes.sizeof(Call):
+        elif library.call_bytes != ctypes.sizeof(Call) + ctypes.sizeof(Exact):
             reasons.append(f"{file} is of another version of this package; build it again: {BUILD}")
         else:
             return library, ""
