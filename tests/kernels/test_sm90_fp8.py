@@ -21,7 +21,7 @@ from nvfp4_experts.kernels import reference
 from nvfp4_experts.kernels.dispatch import Call
 from nvfp4_experts.kernels.sm90 import fp8
 from nvfp4_experts.kernels.sm90.backend import BACKEND
-from nvfp4_experts.kernels.sm90.workspace import Part, bytes_of
+from nvfp4_experts.kernels.cuda.workspace import Part, bytes_of
 from nvfp4_experts.layouts.fragments import unpack_fragments
 from nvfp4_experts.layouts.weights import deinterleave_rows
 from tests.kernels.test_sm90_compile import Kernel, compiler

@@ -31,7 +31,7 @@ from . import fp8, gemm
 from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
 from .mailbox import all_bytes, mailbox_bytes, mailboxes
-from .workspace import bytes_of, exclusive, reserve, scratch_bytes
+from ..cuda.workspace import bytes_of, exclusive, reserve, scratch_bytes
 
 STAGES = 6
 _THREADS = 640

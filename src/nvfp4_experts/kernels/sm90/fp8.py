@@ -28,7 +28,7 @@ from torch import Tensor
 from ...layouts.fragments import COLUMNS, ROWS, fragment_bytes
 from ..dispatch import Call, Problem
 from .compile import launch_kernel, load_kernel
-from .workspace import Part, carve
+from ..cuda.workspace import Part, carve
 
 WEIGHTS_AT_ONCE = 1 << 26
 _QUANTIZE_ROWS = {

@@ -30,7 +30,7 @@ from .choice import choose
 from .compile import compile_all, launch_kernel, load_kernel
 from .config import GemmConfig
 from .table import token_ranges
-from .workspace import Part, carve
+from ..cuda.workspace import Part, carve
 
 _BF16, _NVFP4 = 0, 3
 _OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
