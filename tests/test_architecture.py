@@ -117,7 +117,8 @@ def test_every_folder_has_a_floor() -> None:
 
 
 KERNELS = PACKAGE / "kernels"
-BACKENDS = {path.stem for path in KERNELS.iterdir()} - {"__init__", "__pycache__", "ops", "dispatch", "target", "tiled"}
+SHARED = {"__init__", "__pycache__", "ops", "dispatch", "target", "tiled", "cuda"}
+BACKENDS = {path.stem for path in KERNELS.iterdir()} - SHARED
 
 
 @every(sorted(KERNELS.rglob("*.py")))

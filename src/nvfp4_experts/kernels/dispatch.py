@@ -26,18 +26,26 @@ ACTIVATIONS = ("nvfp4", "fp8", "bf16")
 ACTIVATION_SCALES = ("static", "dynamic", "per_token")
 
 # Preference order of "auto": the first that does not refuse. Modules load on first use.
-_MODULES = {"sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
+_MODULES = {
+    "sm100": "sm100.backend",
+    "sm90": "sm90.backend",
+    "cpu": "cpu.backend",
+    "torch": "torch_backend",
+    "sm100-decode": "sm100.decoding",
+}
 BACKENDS = tuple(_MODULES)
+_NAMED_ONLY = ("sm100-decode",)  # never the choice of "auto"
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend must know to say yes or no: the layer's shape, its activation format and the machine."""
+    """What a backend must know to say yes or no, and to prepare: the layer's shape, its activations and the machine."""
 
     hidden: int
     intermediate: int
     activations: str
     target: Target
+    activation_scale: str = "dynamic"
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def choose_backend(name: str, problem: Problem) -> Backend:
         UnsupportedError: the named backend refuses (nothing else is tried), or every backend does; the message carries
             every backend's reason.
     """
-    wanted = BACKENDS if name == "auto" else (name,)
+    wanted = [n for n in BACKENDS if n not in _NAMED_ONLY] if name == "auto" else [name]
     for candidate in wanted:
         backend = get_backend(candidate)
         if backend.refusal(problem) is None:

@@ -47,7 +47,8 @@ class GemmConfig:
 
     def __str__(self) -> str:
         order = "weights x tokens" if self.swap else "tokens x weights"
-        return f"{self.tokens} tokens, {self.rows} rows, {self.columns} columns, {self.warps} warps, {self.stages} stages, {order}"
+        sizes = f"{self.tokens} tokens, {self.rows} rows, {self.columns} columns"
+        return f"{sizes}, {self.warps} warps, {self.stages} stages, {order}"
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,34 @@ class Chip:
     native: bool = True
 
 
-_NARROW_100 = tuple(GemmConfig(tokens, 128, 256, 4, 4, True) for tokens in (16, 32, 64))
-_WIDE_100 = GemmConfig(128, 128, 256, 8, 4, False)
-_NARROW_120 = tuple(GemmConfig(tokens, 128, 128, 4, 3, True) for tokens in (16, 32, 64))
-_WIDE_120 = GemmConfig(128, 128, 128, 8, 3, False)
-# Where operands are decoded: one stage, since Triton 3.6 was seen to overwrite the register operand of Hopper's
-# products while they run (docs/measured.md), and fewer columns, since they are bf16 in shared memory.
-_DECODED = tuple(GemmConfig(tokens, 128, 128, 4, 1, True) for tokens in (16, 32, 64))
-_WIDE_DECODED = GemmConfig(128, 128, 128, 8, 1, False)
-
-
 def _table(narrow: tuple[GemmConfig, ...], wide: GemmConfig) -> tuple[GemmConfig, ...]:
     return (*narrow, *(wide for _ in range(len(TOKEN_LIMITS) + 1 - len(narrow))))
 
 
+_TABLE_100 = _table(
+    tuple(GemmConfig(tokens, 128, 256, 4, 4, True) for tokens in (16, 32, 64)),
+    GemmConfig(128, 128, 256, 8, 4, False),
+)
+# 128 tokens a tile spill there: sums are in registers, not in a memory of their own.
+_TABLE_120 = _table(
+    tuple(GemmConfig(tokens, 128, 128, 4, 3, True) for tokens in (16, 32)),
+    GemmConfig(64, 128, 128, 8, 3, True),
+)
+# Where operands are decoded: one stage, since Triton 3.6 was seen to overwrite the register operand of Hopper's
+# products while they run (docs/measured.md), and fewer columns, since they are fp16 in shared memory.
+_TABLE_DECODING = _table(
+    tuple(GemmConfig(tokens, 128, 128, 4, 1, True) for tokens in (16, 32, 64)),
+    GemmConfig(128, 128, 128, 8, 1, False),
+)
+
+
 CHIPS = {
-    (10, 0): Chip("sm_100a", 232448, _table(_NARROW_100, _WIDE_100)),
-    (10, 3): Chip("sm_103a", 232448, _table(_NARROW_100, _WIDE_100)),
-    (12, 0): Chip("sm_120a", 101376, _table(_NARROW_120, _WIDE_120)),
-    (12, 1): Chip("sm_121a", 101376, _table(_NARROW_120, _WIDE_120)),
+    (10, 0): Chip("sm_100a", 232448, _TABLE_100),
+    (10, 3): Chip("sm_103a", 232448, _TABLE_100),
+    (12, 0): Chip("sm_120a", 101376, _TABLE_120),
+    (12, 1): Chip("sm_121a", 101376, _TABLE_120),
 }
-DECODING_CHIP = Chip("decoding", 101376, _table(_DECODED, _WIDE_DECODED), native=False)
+DECODING_CHIP = Chip("decoding", 101376, _TABLE_DECODING, native=False)
 
 
 def chip_of(target: Target) -> Chip | None:

@@ -3,7 +3,7 @@
 
     GATE_UP   h = silu(min(gate, L)) * clamp(up, -L, L); gate and up interleaved by 8 rows (layouts/weights.py)
               static      h is quantised in registers: codes and swizzled block scales leave, nothing else
-              per_token   h leaves as fp32 with its rows' amax; who finishes the last tile of a block of rows quantises it
+              per_token   h leaves as fp32 with its rows' amax; who finishes the last tile of some rows quantises them
               dynamic     h leaves as fp32 with its amax; what reads it quantises it
     else      y = the sum times its scales, rounded once to the dtype of y
 
@@ -120,11 +120,10 @@ def finish(
             )
         else:
             tl.store(out + rows.to(tl.int64)[:, None] * size + columns[None, :], h, mask=mask)
-            bits = tl.max(magnitude_bits(h), axis=1)
             if MODE == "dynamic":
-                tl.atomic_max(h_source, tl.max(bits, axis=0), sem="relaxed")
+                tl.atomic_max(h_source, tl.max(magnitude_bits(h)), sem="relaxed")
             else:
-                tl.atomic_max(h_source + rows, bits, mask=inside, sem="relaxed")
+                tl.atomic_max(h_source + rows, tl.max(magnitude_bits(h), axis=1), mask=inside, sem="relaxed")
                 tiles: tl.constexpr = (N + ROWS - 1) // ROWS
                 if draw_ticket(tickets + block) == tiles - 1:
                     g, s = activation_scales(h_source, group, rows, inside, MODE, SCALE_PER_GROUP)
@@ -211,9 +210,7 @@ def gemm(
                 tile_a, tile_a_scales = quantize(tl.load(a + place, mask=mask, other=0.0), g, s)
             else:
                 tile_a = load_codes(a, begin + row, end, step, TOKENS, COLUMNS, K)
-                tile_a_scales = load_scales(
-                    a_scales, padded + row, padded + end - begin, step, TOKENS, COLUMNS, K
-                )
+                tile_a_scales = load_scales(a_scales, padded + row, padded + end - begin, step, TOKENS, COLUMNS, K)
             tile_w = load_codes(group_w, column_block * ROWS, N, step, ROWS, COLUMNS, K)
             tile_w_scales = load_scales(group_w_scales, column_block * ROWS, N, step, ROWS, COLUMNS, K)
             if SWAP:

@@ -52,7 +52,7 @@ def decode_e4m3(byte):
 
 @triton.jit
 def encode_e2m1(x):
-    """Codes 0..15 of fp32 values, as int32: to nearest, ties to even, saturating; NaN is 7. formats/codes.py says how."""
+    """Codes 0..15 of fp32 values, as int32: to nearest even, saturating; NaN is 7. formats/codes.py says how."""
     bits = x.to(tl.int32, bitcast=True)
     magnitude = tl.minimum(bits & 0x7FFFFFFF, 0x40C00000)
     power = tl.maximum(magnitude & 0x7F800000, 0x3F800000)

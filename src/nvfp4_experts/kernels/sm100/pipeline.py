@@ -13,7 +13,7 @@ No launch waits for the host, allocates, or depends on what an earlier call left
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,10 @@ from .gemm import gemm
 
 PARTIALS = 256
 _AMAX_BLOCK = 2048
+_FEW_TOKENS = 32
+_PROGRAMS = 2  # of a GEMM, for each multiprocessor
 _CELL_STEP = 64  # cells of one kind begin at a multiple of it: pointers keep their alignment, kernels their kind
-OPTIONS = {"enable_fp_fusion": False}  # numbers.py needs each operation rounded by itself
+_OPTIONS = {"enable_fp_fusion": False}  # numbers.py needs each operation rounded by itself
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,6 @@ class Experts:
     down_scales: Tensor
     down_global_scales: Tensor
 
-    @property
-    def groups(self) -> int:
-        """E."""
-        return self.gate_up.shape[0]
-
-    @property
-    def hidden(self) -> int:
-        """H."""
-        return self.down.shape[1]
-
-    @property
-    def intermediate(self) -> int:
-        """I."""
-        return self.gate_up.shape[1] // 2
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,7 +60,8 @@ class Plan:
     Args:
         chip: what it runs on.
         mode: where activations' global scales come from, one of dispatch.ACTIVATION_SCALES.
-        hidden, intermediate, groups, tokens: H, I, E, and T rows of x, gathered.
+        hidden, intermediate, groups: H, I, E.
+        tokens: T, rows of the result, or more.
         multiprocessors: of the device.
     """
 
@@ -98,7 +86,7 @@ class Plan:
     @property
     def quantizes_on_the_way(self) -> bool:
         """h is quantised by each tile of the second half for itself: cheaper than a launch while tokens are few."""
-        return self.mode == "dynamic" and self.down[0].swap
+        return self.mode == "dynamic" and self.down[0].tokens <= _FEW_TOKENS
 
     def blocks(self, rows: int) -> int:
         """The most blocks of `rows` rows that the groups can have together."""
@@ -159,133 +147,155 @@ class Activations:
     gather: Tensor | None = None
 
 
-def run(x: Tensor, experts: Experts, activations: Activations, plan: Plan, made: Mapping[str, Tensor], y: Tensor) -> None:
-    """The layer: x (T', H) to y (plan.tokens, H), dtype of y; `made`: tensors of `plan.scratch()`."""
-    cells = dict(zip(plan.cells(), made["cells"].split([_rounded(n) for n in plan.cells().values()]), strict=True))
-    x_source = activations.input_scale if plan.mode == "static" else made["x_amax"]
-    h_source = activations.hidden_scale if plan.mode == "static" else cells["h_amax"]
-    if plan.mode == "dynamic":
-        amax_partials[(PARTIALS,)](x, made["amax_partials"], x.numel(), BLOCK=_AMAX_BLOCK, num_warps=4, **OPTIONS)
-    _enter(x, plan, activations, x_source, made, "x", cells=made["cells"])
-    _gemm(plan, activations, plan.gate_up, experts, made, cells, x_source, h_source, y=None)
-    if plan.mode == "dynamic" and not plan.quantizes_on_the_way:
-        _enter(made["h"], plan, activations, h_source, made, "h")
-    _gemm(plan, activations, plan.down, experts, made, cells, h_source, None, y)
+Launch = Callable[..., None]
 
 
-def _enter(
-    values: Tensor,
-    plan: Plan,
-    activations: Activations,
-    source: Tensor | None,
-    made: Mapping[str, Tensor],
-    name: str,
-    cells: Tensor | None = None,
-) -> None:
-    """values (rows, K) to codes and scales; `cells`: what to set to zero, for x alone."""
-    constants = enter_constants(plan, values.shape[1], of_x=name == "x", scale_per_group=_per_group(source))
-    if plan.mode == "dynamic" and name == "x":
-        source = made["amax_partials"]
-    runs = -(-values.shape[1] // (constants["COLUMNS"] * constants["STEPS"]))
-    enter[plan.blocks(SCALE_TILE) * (SCALE_TILE // constants["ROWS"]), runs](
-        values,
-        activations.gather if name == "x" else None,
-        activations.offsets,
-        source,
-        made["x_amax"] if name == "x" and plan.mode != "static" else None,
-        made[f"{name}_codes"],
-        made[f"{name}_scales"],
-        cells,
-        0 if cells is None else cells.numel(),
-        plan.tokens,
-        **constants,
-        **OPTIONS,
-    )
+def launch_now(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel on the current stream of the current device."""
+    kernel[grid](*arguments, **constants)
 
 
-def _gemm(
-    plan: Plan,
-    activations: Activations,
-    cut: tuple[GemmConfig, int],
+def run(
+    x: Tensor,
     experts: Experts,
+    activations: Activations,
+    plan: Plan,
     made: Mapping[str, Tensor],
-    cells: Mapping[str, Tensor],
-    a_source: Tensor | None,
-    h_source: Tensor | None,
-    y: Tensor | None,
+    y: Tensor,
+    launch: Launch = launch_now,
 ) -> None:
-    """One half: the first where y is None."""
-    config, split = cut
-    gate_up = y is None
-    quantize_a = plan.quantizes_on_the_way and not gate_up
-    a: Any = made["h"] if quantize_a else made["x_codes" if gate_up else "h_codes"]
-    rows = 2 * plan.intermediate if gate_up else plan.hidden
-    units = plan.blocks(config.tokens) * -(-rows // config.rows) * split
-    grid = (min(units, 2 * plan.multiprocessors),)
-    gemm[grid](
-        a,
-        None if quantize_a else made["x_scales" if gate_up else "h_scales"],
-        a_source,
-        experts.gate_up if gate_up else experts.down,
-        experts.gate_up_scales if gate_up else experts.down_scales,
-        experts.gate_up_global_scales if gate_up else experts.down_global_scales,
-        made.get("h") if gate_up else y,
-        made.get("h_codes") if gate_up else None,
-        made.get("h_scales") if gate_up else None,
-        h_source,
-        made["sums"] if split > 1 else None,
-        cells["gate_up_parts" if gate_up else "down_parts"] if split > 1 else None,
-        cells["gate_up_blocks"] if gate_up else None,
-        activations.offsets,
-        plan.tokens,
-        split,
-        activations.limit,
-        **gemm_constants(plan, gate_up, scale_per_group=_per_group(a_source)),
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **OPTIONS,
-    )
+    """The layer: x (any rows, H) to y (T, H), dtype of y.
+
+    Args:
+        x, y: contiguous; addresses that are multiples of 16, as of all tensors here.
+        experts, activations, plan: see there. plan.tokens is T, but where T is 0: then every kernel is compiled and
+            loaded, and does nothing.
+        made: tensors of `plan.scratch()`, in any state.
+        launch: what is done with each kernel; compile.py compiles it for another machine.
+    """
+    sizes = [_rounded(count) for count in plan.cells().values()]
+    cells = dict(zip(plan.cells(), made["cells"].split(sizes), strict=True))
+    _Call(experts, activations, plan, made, cells, y, launch).run(x)
 
 
-def enter_constants(plan: Plan, columns: int, of_x: bool, scale_per_group: bool = False) -> dict[str, Any]:
-    """What enter.py's kernel is compiled with, for x or for h."""
-    per_token = plan.mode == "per_token"
-    width = 512 if per_token else 128
-    return {
-        "K": columns,
-        "GROUPS": plan.groups,
-        "MODE": plan.mode,
-        "SCALE_PER_GROUP": scale_per_group,
-        "PARTIALS": PARTIALS if of_x else 1,
-        "ROWS": 4 if per_token else 32,
-        "COLUMNS": width,
-        "STEPS": -(-columns // width) if per_token else 1,
-    }
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of `run`, and its launches."""
 
+    experts: Experts
+    activations: Activations
+    plan: Plan
+    made: Mapping[str, Tensor]
+    cells: Mapping[str, Tensor]
+    y: Tensor
+    launch: Launch
 
-def gemm_constants(plan: Plan, gate_up: bool, scale_per_group: bool = False) -> dict[str, Any]:
-    """What gemm.py's kernel is compiled with, for a half."""
-    config, split = plan.gate_up if gate_up else plan.down
-    return {
-        "N": 2 * plan.intermediate if gate_up else plan.hidden,
-        "K": plan.hidden if gate_up else plan.intermediate,
-        "GROUPS": plan.groups,
-        "MODE": plan.mode,
-        "SCALE_PER_GROUP": scale_per_group,
-        "GATE_UP": gate_up,
-        "QUANTIZE_A": plan.quantizes_on_the_way and not gate_up,
-        "TOKENS": config.tokens,
-        "ROWS": config.rows,
-        "COLUMNS": config.columns,
-        "SPLIT": split > 1,
-        "SWAP": config.swap,
-        "NATIVE": plan.chip.native,
-    }
+    def run(self, x: Tensor) -> None:
+        mode, made = self.plan.mode, self.made
+        h_amax = self.cells["h_amax"]
+        if mode == "static":
+            x_source, h_source = self.activations.input_scale, self.activations.hidden_scale
+            self.enter(x, "x", x_source, None)
+        elif mode == "dynamic":
+            x_source, h_source = made["x_amax"], h_amax
+            partials = made["amax_partials"]
+            options = {"BLOCK": _AMAX_BLOCK, "num_warps": 4, **_OPTIONS}
+            self.launch(amax_partials, (PARTIALS,), x, partials, x.numel(), **options)
+            self.enter(x, "x", partials, x_source)
+        else:
+            x_source, h_source = made["x_amax"], h_amax
+            self.enter(x, "x", None, x_source)
+        self.gemm(x_source, h_source, gate_up=True)
+        if mode == "dynamic" and not self.plan.quantizes_on_the_way:
+            self.enter(made["h"], "h", h_source, None)
+        self.gemm(h_source, None, gate_up=False)
 
+    def enter(self, values: Tensor, name: str, source: Tensor | None, amax: Tensor | None) -> None:
+        """x or h to codes and block scales; with x, cells to zero."""
+        plan, of_x = self.plan, name == "x"
+        columns = values.shape[1]
+        per_token = plan.mode == "per_token"
+        rows, width = (4, 512) if per_token else (32, 128)
+        steps = -(-columns // width) if per_token else 1
+        self.launch(
+            enter,
+            (plan.blocks(SCALE_TILE) * (SCALE_TILE // rows), -(-columns // (width * steps))),
+            values,
+            self.activations.gather if of_x else None,
+            self.activations.offsets,
+            source,
+            amax,
+            self.made[f"{name}_codes"],
+            self.made[f"{name}_scales"],
+            self.made["cells"] if of_x else None,
+            self.made["cells"].numel() if of_x else 0,
+            self.y.shape[0],
+            K=columns,
+            GROUPS=plan.groups,
+            MODE=plan.mode,
+            SCALE_PER_GROUP=self._scale_per_group,
+            PARTIALS=PARTIALS if of_x else 1,
+            ROWS=rows,
+            COLUMNS=width,
+            STEPS=steps,
+            num_warps=4,
+            **_OPTIONS,
+        )
 
-def _per_group(source: Tensor | None) -> bool:
-    """A static scale for each expert; amax cells are integers."""
-    return source is not None and source.ndim == 1 and source.is_floating_point()
+    def gemm(self, a_source: Tensor | None, h_source: Tensor | None, gate_up: bool) -> None:
+        """One half of the layer."""
+        plan, made, experts = self.plan, self.made, self.experts
+        config, split = plan.gate_up if gate_up else plan.down
+        rows, columns = (2 * plan.intermediate, plan.hidden) if gate_up else (plan.hidden, plan.intermediate)
+        name = "x" if gate_up else "h"
+        quantize_a = plan.quantizes_on_the_way and not gate_up
+        units = plan.blocks(config.tokens) * -(-rows // config.rows) * split
+        weights = (
+            (experts.gate_up, experts.gate_up_scales, experts.gate_up_global_scales)
+            if gate_up
+            else (experts.down, experts.down_scales, experts.down_global_scales)
+        )
+        self.launch(
+            gemm,
+            (min(units, _PROGRAMS * plan.multiprocessors),),
+            made["h"] if quantize_a else made[f"{name}_codes"],
+            None if quantize_a else made[f"{name}_scales"],
+            a_source,
+            *weights,
+            made.get("h") if gate_up else self.y,
+            made.get("h_codes") if gate_up else None,
+            made.get("h_scales") if gate_up else None,
+            h_source,
+            made["sums"] if split > 1 else None,
+            self.cells["gate_up_parts" if gate_up else "down_parts"] if split > 1 else None,
+            self.cells["gate_up_blocks"] if gate_up else None,
+            self.activations.offsets,
+            self.y.shape[0],
+            split,
+            self.activations.limit,
+            N=rows,
+            K=columns,
+            GROUPS=plan.groups,
+            MODE=plan.mode,
+            SCALE_PER_GROUP=self._scale_per_group,
+            GATE_UP=gate_up,
+            QUANTIZE_A=quantize_a,
+            TOKENS=config.tokens,
+            ROWS=config.rows,
+            COLUMNS=config.columns,
+            SPLIT=split > 1,
+            SWAP=config.swap,
+            NATIVE=plan.chip.native,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **_OPTIONS,
+        )
+
+    @property
+    def _scale_per_group(self) -> bool:
+        """Static scales are one for each expert."""
+        scale = self.activations.input_scale
+        return scale is not None and scale.ndim == 1
 
 
 def _rounded(cells: int) -> int:

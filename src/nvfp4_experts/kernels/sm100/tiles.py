@@ -59,7 +59,7 @@ def swizzled_offset(m, k, K: tl.constexpr):
 
 @triton.jit
 def load_codes(codes, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr):
-    """ROWS x COLUMNS/2 bytes of codes (rows, K/2) from a row on, in the step-th run of COLUMNS columns; zeros outside."""
+    """ROWS x COLUMNS/2 bytes of codes (rows, K/2), from a row on, of the step-th run of columns; zeros outside."""
     rows = row + tl.arange(0, ROWS)
     bytes_ = step * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
     inside = (rows < rows_end)[:, None]
