@@ -31,7 +31,8 @@ _AMAX_BLOCK = 2048
 _FEW_TOKENS = 32
 _PROGRAMS = 2  # of a GEMM, for each multiprocessor
 _CELL_STEP = 64  # cells of one kind begin at a multiple of it: pointers keep their alignment, kernels their kind
-_OPTIONS = {"enable_fp_fusion": False}  # numbers.py needs each operation rounded by itself
+# numbers.py needs each operation rounded by itself; left alone, the assembler stops at 128 or 168 registers and spills.
+_OPTIONS = {"enable_fp_fusion": False, "maxnreg": 255}
 
 
 @dataclass(frozen=True)
