@@ -35,7 +35,7 @@ from .config import DECODING_CHIP, Chip, chip_of, ranges
 if TYPE_CHECKING:
     from .pipeline import Plan
 
-OLDEST_TRITON, OLDEST_TRITON_OF_SM_121 = (3, 6), (3, 7)
+OLDEST_TRITON, OLDEST_TRITON_OF_SM_121 = (3, 6), (3, 8)
 
 
 class Sm100Backend:

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .config import CHIPS
+from .config import CHIPS, Chip, GemmConfig
 from .pipeline import Activations, Experts, Plan, run
 
 _FP4 = re.compile(r"\b(?:tcgen05\.mma|mma\.sync)\S*kind::mxf4nvf4\S*")
@@ -61,6 +61,14 @@ class Compiled:
     tensor_columns: int
 
     @property
+    def config(self) -> GemmConfig | None:
+        """The cut of a GEMM; None for other kernels."""
+        of = self.constants
+        if "SWAP" not in of:
+            return None
+        return GemmConfig(of["TOKENS"], of["ROWS"], of["COLUMNS"], of["num_warps"], of["num_stages"], of["SWAP"])
+
+    @property
     def fp4_instructions(self) -> set[str]:
         """The FP4 instructions in it that take one e4m3 scale for 16 values."""
         return {found for found in _FP4.findall(self.ptx) if _BLOCK_OF_16.search(found)}
@@ -75,6 +83,7 @@ def compile_layer(
     groups: int = 1,
     multiprocessors: int = 148,
     dtype: torch.dtype = torch.bfloat16,
+    chip: Chip | None = None,
 ) -> list[Compiled]:
     """Compile what a call launches, in that order, for a chip of that compute capability.
 
@@ -84,8 +93,9 @@ def compile_layer(
         hidden, intermediate, tokens, groups: H, I, T, E.
         multiprocessors: of the device.
         dtype: of x and y.
+        chip: with another table than that of config.CHIPS.
     """
-    plan = Plan(CHIPS[capability], mode, hidden, intermediate, groups, tokens, multiprocessors)
+    plan = Plan(chip or CHIPS[capability], mode, hidden, intermediate, groups, tokens, multiprocessors)
 
     def meta(*shape: int, kind: torch.dtype = torch.uint8) -> Tensor:
         return torch.empty(shape, dtype=kind, device="meta")

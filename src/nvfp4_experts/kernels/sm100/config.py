@@ -22,7 +22,7 @@ TOKEN_LIMITS = (16, 32, 64, 128, 256, 512)
 _MAX_SPLIT = 16
 _FEWEST_STEPS = 2  # of COLUMNS columns in a run of K
 
-SCALE_TILE = 128
+SCALE_TILE, TENSOR_COLUMNS = 128, 512
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _table(narrow: tuple[GemmConfig, ...], wide: GemmConfig) -> tuple[GemmConfig
 
 _TABLE_100 = _table(
     tuple(GemmConfig(tokens, 128, 256, 4, 4, True) for tokens in (16, 32, 64)),
-    GemmConfig(128, 128, 256, 8, 4, False),
+    GemmConfig(128, 128, 256, 8, 3, False),  # two programs of three stages fit a multiprocessor, one of four
 )
 # 128 tokens a tile spill there: sums are in registers, not in a memory of their own.
 _TABLE_120 = _table(
@@ -125,19 +125,25 @@ def choose(chip: Chip, rows: int, columns: int, tokens: int, multiprocessors: in
     return config, max(1, min(multiprocessors // tiles, steps // _FEWEST_STEPS, _MAX_SPLIT))
 
 
-def refusal(config: GemmConfig, chip: Chip, shared_bytes: int, spilled_bytes: int) -> str | None:
+def refusal(
+    config: GemmConfig, chip: Chip, shared_bytes: int, spilled_bytes: int, tensor_columns: int = 0
+) -> str | None:
     """Why a cut must not be used on a chip, as a clause, given what compiling it has shown; None if it may."""
-    if config.tokens not in (16, 32, 64, 128) or config.rows % 128 or config.columns % 64:
+    if config.tokens not in (16, 32, 64, SCALE_TILE) or config.rows % SCALE_TILE or config.columns % 64:
         return "tokens must be 16, 32, 64 or 128, rows whole tiles of 128 scales, columns whole tiles of 64"
-    if config.swap == (config.tokens == 128):
+    if config.swap == (config.tokens == SCALE_TILE):
         return "weights are the left operand where tokens are fewer than 128, and only there"
     if shared_bytes > chip.shared_bytes:
         return f"{shared_bytes} bytes of shared memory must fit in the {chip.shared_bytes} of {chip.name}"
+    if tensor_columns > TENSOR_COLUMNS:
+        return f"{tensor_columns} columns of tensor memory must fit in {TENSOR_COLUMNS}"
     if spilled_bytes:
         return f"it spills {spilled_bytes} bytes of registers"
     return None
 
 
-def config_is_legal(config: GemmConfig, chip: Chip, shared_bytes: int, spilled_bytes: int) -> bool:
+def config_is_legal(
+    config: GemmConfig, chip: Chip, shared_bytes: int, spilled_bytes: int, tensor_columns: int = 0
+) -> bool:
     """Whether a cut may be used on a chip; `refusal` says why not."""
-    return refusal(config, chip, shared_bytes, spilled_bytes) is None
+    return refusal(config, chip, shared_bytes, spilled_bytes, tensor_columns) is None

@@ -18,7 +18,10 @@ from .numbers import decode_blocks
 
 @triton.jit
 def block_scaled_dot(a, a_scales, b, b_scales, total, NATIVE: tl.constexpr):
-    """a (M, K/2), b (N, K/2), their scales (M, K/16), (N, K/16), all uint8, added to total (M, N) fp32."""
+    """a (M, K/2), b (N, K/2) uint8, their scales (M, K/16), (N, K/16), added to total (M, N) fp32.
+
+    Scales are uint8; where NATIVE they may be e4m3.
+    """
     if NATIVE:
         a_scales = a_scales.to(tl.float8e4nv, bitcast=True)
         b_scales = b_scales.to(tl.float8e4nv, bitcast=True)

@@ -210,9 +210,11 @@ def gemm(
                 tile_a, tile_a_scales = quantize(tl.load(a + place, mask=mask, other=0.0), g, s)
             else:
                 tile_a = load_codes(a, begin + row, end, step, TOKENS, COLUMNS, K)
-                tile_a_scales = load_scales(a_scales, padded + row, padded + end - begin, step, TOKENS, COLUMNS, K)
+                tile_a_scales = load_scales(
+                    a_scales, padded + row, padded + end - begin, step, TOKENS, COLUMNS, K, NATIVE
+                )
             tile_w = load_codes(group_w, column_block * ROWS, N, step, ROWS, COLUMNS, K)
-            tile_w_scales = load_scales(group_w_scales, column_block * ROWS, N, step, ROWS, COLUMNS, K)
+            tile_w_scales = load_scales(group_w_scales, column_block * ROWS, N, step, ROWS, COLUMNS, K, NATIVE)
             if SWAP:
                 total = block_scaled_dot(tile_w, tile_w_scales, tile_a, tile_a_scales, total, NATIVE)
             else:

@@ -69,12 +69,18 @@ def load_codes(codes, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.const
 
 
 @triton.jit
-def load_scales(scales, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr):
+def load_scales(
+    scales, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr
+):
     """ROWS x COLUMNS/16 block scales of a swizzled matrix, from a multiple of ROWS on; zeros beyond its tiles.
 
-    `rows_end`: how many rows the matrix has, without its padding. Whole tiles are read as they lie.
+    `rows_end`: how many rows the matrix has, without its padding. Whole tiles are read as they lie. NATIVE: as e4m3,
+    what the tensor core takes; bytes that are cast in registers would not be copied to its memory as they lie.
     """
     column_tiles: tl.constexpr = (K + 63) // 64
+    if NATIVE:
+        scales = scales.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
+    nothing: tl.constexpr = 0.0 if NATIVE else 0
     if ROWS % 128 == 0:
         row_tiles: tl.constexpr = ROWS // 128
         steps: tl.constexpr = COLUMNS // 64
@@ -85,13 +91,13 @@ def load_scales(scales, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.con
         if column_tiles % steps:
             inside = inside & (k < column_tiles)[None, :]
         place = (m.to(tl.int64) * (column_tiles * 512))[:, None] + (step * (steps * 512) + within)[None, :]
-        tiles = tl.load(scales + place, mask=inside, other=0).reshape(row_tiles, steps, 32, 4, 4)
+        tiles = tl.load(scales + place, mask=inside, other=nothing).reshape(row_tiles, steps, 32, 4, 4)
         return tiles.trans(0, 3, 2, 1, 4).reshape(ROWS, COLUMNS // 16)
     else:
         m = row + tl.arange(0, ROWS)
         k = step * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)
         inside = (m < rows_end)[:, None] & (k < column_tiles * 4)[None, :]
-        return tl.load(scales + swizzled_offset(m[:, None], k[None, :], K), mask=inside, other=0)
+        return tl.load(scales + swizzled_offset(m[:, None], k[None, :], K), mask=inside, other=nothing)
 
 
 @triton.jit
