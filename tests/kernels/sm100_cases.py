@@ -234,8 +234,11 @@ def check_entered(x: Tensor, mode: str, made: dict[str, Tensor], name: str, scal
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: overflow of exp, inf - inf
-@pytest.mark.parametrize("mode", ACTIVATION_SCALES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "mode"),
+    [*((torch.float32, mode) for mode in ACTIVATION_SCALES), (torch.bfloat16, "per_token"), (torch.float16, "dynamic")],
+    ids=str,
+)
 def test_entered_bytes_are_those_of_the_activation_format(dtype: torch.dtype, mode: str) -> None:
     """Codes, block scales in their swizzled places, zero padding: byte for byte, from poisoned memory."""
     for tokens, (hidden, intermediate) in ((7, (144, 80)), (130, (80, 16))):
