@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel of every layer for every Blackwell chip, compiled here: `make compile-check`, a table and a verdict.
 
-    shapes     V4-Pro, V4-Flash, V4.1-Flash, a tensor-parallel slice, odd multiples of 16
-    tokens     one number of each range of config.TOKEN_LIMITS, and more
-    modes      static, dynamic, per_token;  experts: one, and 8 in groups
+    shapes     V4-Pro, V4-Flash, a tensor-parallel slice of V4.1-Flash, odd multiples of 16; those also for 8 experts
+    tokens     a number for each cut in config.py's tables, and with K in one run and in several
+    modes      static, dynamic, per_token
 
 The table has one row for each chip, kernel and cut: the largest figures over all that was compiled.
 """
@@ -15,16 +15,17 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import triton
 
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES
 from nvfp4_experts.kernels.sm100.backend import OLDEST_TRITON_OF_SM_121
 from nvfp4_experts.kernels.sm100.compile import Compiled, compile_layer
-from nvfp4_experts.kernels.sm100.config import CHIPS, TOKEN_LIMITS, Chip, refusal
+from nvfp4_experts.kernels.sm100.config import CHIPS, Chip, refusal
 
-SHAPES = [(7168, 3072), (4096, 2048), (5120, 2304), (5120, 288), (144, 80)]
-TOKENS = [1, *(limit for limit in TOKEN_LIMITS[1:]), 8192]
+SHAPES = [((7168, 3072), 1), ((4096, 2048), 1), ((5120, 288), 1), ((144, 80), 1), ((144, 80), 8)]
+TOKENS = [1, 32, 64, 128, 8192]
 # A GEMM on sm_100 multiplies out of tensor memory, where the scales are copied as they lie; on sm_120 from registers.
 _FORMS = {
     10: (r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale\S*", r"tcgen05\.cp\S*"),
@@ -53,23 +54,35 @@ def problems_of(kernel: Compiled, chip: Chip) -> list[str]:
     return [f"{kernel.config}: {problem}" for problem in (*problems, *([reason] if reason else []))]
 
 
-def everything() -> Iterator[tuple[Chip, Compiled]]:
-    """Each kernel of each layer."""
+def layers() -> Iterator[tuple[tuple[int, int], str, tuple[int, int], int, int]]:
+    """Chip, mode, (H, I), tokens and experts of each layer."""
     for capability, chip in CHIPS.items():
         if capability == (12, 1) and triton_version() < OLDEST_TRITON_OF_SM_121:
             print(f"{chip.name}: left out, Triton {triton.__version__} does not know it", file=sys.stderr)
             continue
-        for mode, shape, tokens, groups in itertools.product(ACTIVATION_SCALES, SHAPES, TOKENS, (1, 8)):
-            for kernel in compile_layer(capability, mode, *shape, tokens, groups):
-                yield chip, kernel
+        for mode, (shape, groups), tokens in itertools.product(ACTIVATION_SCALES, SHAPES, TOKENS):
+            yield capability, mode, shape, tokens, groups
+
+
+def compile_one(layer: tuple[tuple[int, int], str, tuple[int, int], int, int]) -> list[Compiled]:
+    """The kernels of a layer."""
+    capability, mode, shape, tokens, groups = layer
+    return compile_layer(capability, mode, *shape, tokens, groups)
 
 
 def main() -> int:
     """Print the table; 1 if anything is wrong."""
-    begin, count, wrong = time.monotonic(), 0, []
+    begin = time.monotonic()
+    wrong: list[str] = []
     rows: dict[tuple[str, ...], list[int]] = {}
-    for chip, kernel in everything():
-        count += 1
+    every = list(layers())
+    with ProcessPoolExecutor() as pool:
+        kernels = [
+            (CHIPS[layer[0]], kernel)
+            for layer, made in zip(every, pool.map(compile_one, every), strict=True)
+            for kernel in made
+        ]
+    for chip, kernel in kernels:
         wrong += [f"{chip.name} {kernel.kernel} {kernel.constants}: {what}" for what in problems_of(kernel, chip)]
         half = {True: ", gate and up", False: ", down", None: ""}[kernel.constants.get("GATE_UP")]
         row = chip.name, kernel.kernel + half, str(kernel.config or "")
@@ -81,7 +94,7 @@ def main() -> int:
     for row, figures in rows.items():
         print("| " + " | ".join((*row, *map(str, figures))) + " |")
     seconds = time.monotonic() - begin
-    print(f"\n{count} kernels with Triton {triton.__version__} in {seconds:.0f} s, {len(wrong)} problems")
+    print(f"\n{len(kernels)} kernels with Triton {triton.__version__} in {seconds:.0f} s, {len(wrong)} problems")
     print("\n".join(dict.fromkeys(wrong)))
     return bool(wrong)
 

@@ -93,13 +93,15 @@ def describe_capabilities() -> Capabilities:
 
 
 def _backend(name: str, device: torch.device) -> Ability:
-    """Whether a backend runs on a device in every activation format; the first reason where it does not."""
+    """Whether a backend runs on a device in some activation format; the first reason where it does in none."""
     backend, target = get_backend(name), target_of(device)
+    reasons: list[str] = []
     for activations in ACTIVATIONS:
         try:
             reason = backend.refusal(Problem(_HIDDEN, _INTERMEDIATE, activations, target))
         except UnsupportedError as error:
             reason = str(error)
-        if reason is not None:
-            return Ability(name, device.type, reason)
-    return Ability(name, device.type, None)
+        if reason is None:
+            return Ability(name, device.type, None)
+        reasons.append(reason)
+    return Ability(name, device.type, reasons[0])
