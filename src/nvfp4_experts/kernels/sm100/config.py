@@ -73,7 +73,7 @@ def _table(narrow: tuple[GemmConfig, ...], wide: GemmConfig) -> tuple[GemmConfig
 
 
 _TABLE_100 = _table(
-    tuple(GemmConfig(tokens, 128, 256, 4, 4, True) for tokens in (16, 32, 64)),
+    tuple(GemmConfig(tokens, 128, 256, warps, 4, True) for tokens, warps in ((16, 4), (32, 4), (64, 8))),
     GemmConfig(128, 128, 256, 8, 3, False),  # two programs of three stages fit a multiprocessor, one of four
 )
 # 128 tokens a tile spill there: sums are in registers, not in a memory of their own.
