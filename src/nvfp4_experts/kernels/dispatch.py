@@ -31,10 +31,11 @@ _MODULES = {
     "sm90": "sm90.backend",
     "cpu": "cpu.backend",
     "torch": "torch_backend",
+    "sm100-torch": "sm100.vendor",
     "sm100-decode": "sm100.decoding",
 }
 BACKENDS = tuple(_MODULES)
-_NAMED_ONLY = ("sm100-decode",)  # never the choice of "auto"
+_NAMED_ONLY = ("sm100-torch", "sm100-decode")  # never the choice of "auto"
 
 
 @dataclass(frozen=True)
