@@ -100,7 +100,6 @@ def finish(
         columns = column_block * channels + tl.arange(0, channels)
         mask = inside[:, None] & (columns < size)[None, :]
         h = swiglu(total, s, tl.load(w_global + 2 * group), tl.load(w_global + 2 * group + 1), limit)
-        h = tl.where(mask, h, 0.0)
         if MODE == "static":
             g, s = activation_scales(h_source, group, rows, inside, MODE, SCALE_PER_GROUP)
             tile_codes, tile_scales = quantize(h, g, s)
