@@ -18,11 +18,11 @@ BENCH_ARGS ?= --json build/bench.json --csv build/bench.csv --picture build/benc
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade-strategy only-if-needed
 
-.PHONY: help demo test check test-gpu bench native clean clean-all
+.PHONY: help demo test check test-gpu compile-check bench native clean clean-all
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.installed-demo  ## quantise the embedded checkpoint, run it in transformers, show loss, sizes and errors
 	@$(BIN)/python -m examples.demo $(DEMO_ARGS)
@@ -34,6 +34,9 @@ check: $(VENV)/.installed-test  ## ruff (lint, format) and mypy; edits nothing
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+compile-check: $(VENV)/.installed-test  ## compile every Blackwell kernel for every chip, without one: instructions, registers, spills
+	@$(BIN)/python -m tests.compile_check
 
 test-gpu:  ## the tests that need a GPU, with the python3 that is here (torch, cuda-core, pytest); installs nothing
 	PYTHONPATH=src python3 -m pytest -m gpu $(PYTEST_ARGS)

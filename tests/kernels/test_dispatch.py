@@ -52,7 +52,7 @@ def test_a_named_backend_that_refuses_is_not_replaced() -> None:
 
 
 def test_on_a_cpu_its_own_kernel_comes_before_torch_and_hopper_says_what_it_needs() -> None:
-    assert dispatch.BACKENDS == ("sm90", "cpu", "torch")
+    assert dispatch.BACKENDS == ("sm100", "sm90", "cpu", "torch")
     assert dispatch.choose_backend("auto", PROBLEM).name == "cpu"
     assert dispatch.choose_backend("torch", PROBLEM).name == "torch"
     assert "Hopper" in (dispatch.get_backend("sm90").refusal(PROBLEM) or "")

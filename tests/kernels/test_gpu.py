@@ -75,7 +75,7 @@ def runs_here(backend: str, shape: tuple[int, int], activations: str) -> bool:
     return get_backend(backend).refusal(Problem(*shape, activations, target_of("cuda"))) is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "sm100-decode"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape: tuple[int, int], mode: tuple[str, str], backend: str) -> None:

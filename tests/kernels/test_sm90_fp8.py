@@ -18,10 +18,10 @@ from nvfp4_experts.formats.activations import quantize_fp8_rows
 from nvfp4_experts.formats.codes import AMAX_FLOOR, E4M3_MAX, decode_blocks, encode_e4m3
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
+from nvfp4_experts.kernels.cuda.workspace import Part, bytes_of
 from nvfp4_experts.kernels.dispatch import Call
 from nvfp4_experts.kernels.sm90 import fp8
 from nvfp4_experts.kernels.sm90.backend import BACKEND
-from nvfp4_experts.kernels.sm90.workspace import Part, bytes_of
 from nvfp4_experts.layouts.fragments import unpack_fragments
 from nvfp4_experts.layouts.weights import deinterleave_rows
 from tests.kernels.test_sm90_compile import Kernel, compiler

@@ -27,22 +27,23 @@ ACTIVATIONS = ("nvfp4", "fp8", "bf16")
 ACTIVATION_SCALES = ("static", "dynamic", "per_token")
 
 # Preference order of "auto": the first that does not refuse. Modules load on first use.
-_MODULES = {"sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
+_MODULES = {"sm100": "sm100.backend", "sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
 BACKENDS = tuple(_MODULES)
 
-# What "auto" never takes, though it runs everywhere: it answers another question than how to be fast.
-_MODULES_BY_NAME = {"exact": "exact.backend"}
+# What "auto" never takes, wherever it runs: each answers another question than how to be fast.
+_MODULES_BY_NAME = {"sm100-torch": "sm100.vendor", "sm100-decode": "sm100.decoding", "exact": "exact.backend"}
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend must know to say yes or no: the layer's shape, its activation format and the machine."""
+    """What a backend must know to say yes or no, and to prepare: the layer's shape, its activations and the machine."""
 
     hidden: int
     intermediate: int
     activations: str
     target: Target
+    activation_scale: str = "dynamic"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def choose_backend(name: str, problem: Problem) -> Backend:
         backend = get_backend(candidate)
         if backend.refusal(problem) is None:
             return backend
-    asked = dict.fromkeys((*BACKENDS, *wanted))
+    asked = dict.fromkeys((*wanted, *BACKENDS))  # its own reason first
     reasons = "; ".join(f"{other}: {get_backend(other).refusal(problem) or 'can run this'}" for other in asked)
     raise UnsupportedError(
         f"backend {name!r}", f"must be able to run {problem}", reasons, "use 'auto' or change the layer"

@@ -255,7 +255,8 @@ class Nvfp4SharedExpert(nn.Module):
         self.activations, self.activation_scale = activations, activation_scale
 
     def _problem(self, device: torch.device) -> Problem:
-        return Problem(self.hidden_size, self.intermediate_size, self.activations, target_of(device))
+        sizes = self.hidden_size, self.intermediate_size
+        return Problem(*sizes, self.activations, target_of(device), self.activation_scale)
 
     def _choose(self, device: torch.device) -> str:
         return choose_backend(self._backend_choice, self._problem(device)).name

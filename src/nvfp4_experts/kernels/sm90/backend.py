@@ -25,13 +25,13 @@ from torch import Tensor
 from ...formats.nvfp4 import Nvfp4Tensor
 from ...layouts.fragments import ROWS, fragment_bytes, pack_fragments, unpack_fragments
 from ...layouts.weights import deinterleave_rows, interleave_gate_up, row_amax
+from ..cuda.workspace import bytes_of, exclusive, reserve, scratch_bytes
 from ..dispatch import Call, Problem
 from ..target import target_of
 from . import fp8, gemm
 from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
 from .mailbox import all_bytes, mailbox_bytes, mailboxes
-from .workspace import bytes_of, exclusive, reserve, scratch_bytes
 
 STAGES = 6
 _THREADS = 640

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from ...layouts.fragments import COLUMNS, ROWS, fragment_bytes
+from ..cuda.workspace import Part, carve
 from ..dispatch import Call, Problem
 from .compile import launch_kernel, load_kernel
-from .workspace import Part, carve
 
 WEIGHTS_AT_ONCE = 1 << 26
 _QUANTIZE_ROWS = {

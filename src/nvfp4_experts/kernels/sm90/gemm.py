@@ -24,13 +24,13 @@ from torch import Tensor
 
 from ...errors import UnsupportedError
 from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
+from ..cuda.workspace import Part, carve
 from ..dispatch import Call, Problem
 from ..target import target_of
 from .choice import choose
 from .compile import compile_all, launch_kernel, load_kernel
 from .config import GemmConfig
 from .table import token_ranges
-from .workspace import Part, carve
 
 _BF16, _NVFP4 = 0, 3
 _OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ...layouts.fragments import COLUMNS
-from .driver import allocate, capture_id, fill
-from .workspace import indexed
+from ..cuda.driver import allocate, capture_id, fill
+from ..cuda.workspace import indexed
 
 _TOKENS, _LINE, _NOT_YET = 8, 128, 0xFF
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scratch of the Hopper kernels, as far as it goes without a GPU: parts of a block, and blocks of streams."""
+"""Scratch of the GPU kernels, as far as it goes without a GPU: parts of a block, and blocks of streams."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nvfp4_experts.errors import UnsupportedError
-from nvfp4_experts.kernels.sm90 import workspace
-from nvfp4_experts.kernels.sm90.workspace import ALIGNMENT, Part, bytes_of, carve, exclusive, reserve, scratch_bytes
+from nvfp4_experts.kernels.cuda import workspace
+from nvfp4_experts.kernels.cuda.workspace import ALIGNMENT, Part, bytes_of, carve, exclusive, reserve, scratch_bytes
 
 CPU = torch.device("cpu", 0)
 DTYPES = (torch.bfloat16, torch.float32, torch.int32, torch.uint8, torch.int64)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blackwell: NVFP4 weights times NVFP4 activations on FP4 tensor cores, in Triton.
+
+    pipeline.py   the launches of a call        config.py    how they are cut up, for which chip
+    gemm.py       a half of the layer           compile.py   what the assembler makes of it, without the chip
+    enter.py      hidden states to NVFP4        dot.py       the one instruction that other machines lack
+    numbers.py    the formats, bit for bit      tiles.py     what lies where
+
+The same kernels run everywhere with that instruction replaced: decoding.py is the backend that does so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...errors import LayoutError
+from ...formats.nvfp4 import Nvfp4Tensor
+from ...layouts.scales import swizzle_scales, unswizzle_scales
+from ...layouts.weights import deinterleave_rows, interleave_gate_up
+from ..cuda import workspace
+from ..cuda.workspace import bytes_of
+from ..dispatch import Call, Problem
+from ..target import Target, target_of
+from .config import DECODING_CHIP, Chip, chip_of, ranges
+
+if TYPE_CHECKING:
+    from .pipeline import Plan
+
+OLDEST_TRITON, OLDEST_TRITON_OF_SM_121 = (3, 6), (3, 8)
+
+
+class Sm100Backend:
+    """See the module docstring; weights in the order of layouts/scales.py and layouts/weights.py.
+
+    Args:
+        name: in dispatch's table.
+        decoding: replace the FP4 instruction by decoding and an ordinary product, on any machine Triton runs on.
+    """
+
+    def __init__(self, name: str, decoding: bool = False) -> None:
+        self.name, self.decoding = name, decoding
+
+    def refusal(self, problem: Problem) -> str | None:
+        if problem.activations != "nvfp4":
+            return "multiplies NVFP4 by NVFP4 alone (activations='nvfp4')"
+        capability = problem.target.capability
+        if self.decoding:
+            if capability is None and not (problem.target.device_type == "cpu" and _interpreted()):
+                return "needs an NVIDIA GPU, or Triton's interpreter (TRITON_INTERPRET=1) on a CPU"
+            if capability is not None and capability < (8, 0):
+                return "needs compute capability 8.0 or newer"
+        elif chip_of(problem.target) is None:
+            return "needs FP4 tensor cores (compute capability 10.0, 10.3, 12.0 or 12.1)"
+        reason = _missing(capability)
+        if reason is not None and not self.decoding:
+            _warn_once(reason)
+        return reason
+
+    def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
+        for projection in (gate, up, down):
+            if (projection.block_scales.view(torch.uint8) & 0x80).any():
+                way_out = "quantise the weight again"
+                raise LayoutError("block_scales", "must not be negative: FP4 hardware reads no sign", "one", way_out)
+        codes, block_scales = interleave_gate_up(gate, up)
+        return {
+            "gate_up_codes": codes,
+            "gate_up_block_scales": swizzle_scales(block_scales.view(torch.uint8)),
+            "gate_up_global_scales": torch.stack((gate.global_scale, up.global_scale)),
+            "down_codes": down.codes.contiguous(),
+            "down_block_scales": swizzle_scales(down.block_scales.view(torch.uint8)),
+            "down_global_scale": down.global_scale.reshape(1),
+        }
+
+    def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Tensor, ...]:
+        codes, scales, global_scales, down_codes, down_scales, down_global_scale = weights.values()
+        gate_codes, up_codes = deinterleave_rows(codes)
+        gate_scales, up_scales = deinterleave_rows(unswizzle_scales(scales, 2 * intermediate, hidden // 16))
+        down_block_scales = unswizzle_scales(down_scales, hidden, intermediate // 16)
+        return (
+            Nvfp4Tensor(gate_codes, gate_scales.view(torch.float8_e4m3fn), global_scales[0]),
+            Nvfp4Tensor(up_codes, up_scales.view(torch.float8_e4m3fn), global_scales[1]),
+            Nvfp4Tensor(down_codes, down_block_scales.view(torch.float8_e4m3fn), down_global_scale[0]),
+        )
+
+    def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
+        """Reserve scratch; compile and load what calls with bf16 hidden states run, by calls without a token."""
+        from .pipeline import Activations, Experts, run
+
+        hidden, intermediate, mode = problem.hidden, problem.intermediate, problem.activation_scale
+        plans = [self._plan(problem.target, mode, hidden, intermediate, limit) for limit in ranges(max_tokens)]
+        if device.type == "cpu":
+            return
+        with torch.cuda.device(device), workspace.exclusive(device):
+            workspace.reserve(device, max(bytes_of(list(plan.scratch().values())) for plan in plans))
+            codes = torch.empty(1, dtype=torch.uint8, device=device)
+            scale = torch.empty((), device=device)
+            weights = Experts(codes, codes, scale, codes, codes, scale)
+            nothing = torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
+            static = scale if mode == "static" else None
+            for plan in plans:
+                made = _scratch(device, plan)
+                run(nothing, weights, Activations(static, static, torch.inf), plan, made, nothing)
+
+    def scratch_bytes(self, device: torch.device) -> int:
+        return 0 if device.type == "cpu" else workspace.scratch_bytes(device)
+
+    def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
+        from .pipeline import Activations, Experts, run
+
+        # Kernels are compiled for pointers that are multiples of 16; a view that begins elsewhere is copied.
+        if x.data_ptr() % 16:
+            x = x.clone()
+        if out.data_ptr() % 16:
+            self.shared_expert(x, weights, call, result := torch.empty_like(out))
+            out.copy_(result)
+            return
+        tokens, hidden = x.shape
+        mode = call.activation_scale
+        plan = self._plan(target_of(x.device), mode, hidden, weights[0].shape[0] // 2, tokens)
+        scales = (call.input_scale, call.hidden_scale) if mode == "static" else (None, None)
+        with _launching_on(x.device):
+            run(x, Experts(*weights), Activations(*scales, call.clamp), plan, _scratch(x.device, plan), out)
+
+    def _plan(self, target: Target, mode: str, hidden: int, intermediate: int, tokens: int) -> Plan:
+        chip = DECODING_CHIP if self.decoding else chip_of(target)
+        assert chip is not None, "refused"
+        return _cached_plan(chip, mode, hidden, intermediate, tokens, target.multiprocessors or 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _cached_plan(chip: Chip, mode: str, hidden: int, intermediate: int, tokens: int, multiprocessors: int) -> Plan:
+    from .pipeline import Plan
+
+    return Plan(chip, mode, hidden, intermediate, 1, tokens, multiprocessors)
+
+
+def _scratch(device: torch.device, plan: Plan) -> dict[str, Tensor]:
+    layout = plan.scratch()
+    if device.type == "cpu":
+        return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+    return dict(zip(layout, workspace.carve(device, *layout.values()), strict=True))
+
+
+@contextlib.contextmanager
+def _launching_on(device: torch.device) -> Iterator[None]:
+    """Launches go to the current device; those of one call share scratch."""
+    if device.type == "cpu":
+        yield
+        return
+    with torch.cuda.device(device), workspace.exclusive(device):
+        yield
+
+
+def _interpreted() -> bool:
+    """Whether Triton runs kernels in Python; without Triton, no."""
+    with contextlib.suppress(ImportError):
+        return bool(importlib.import_module("triton").knobs.runtime.interpret)
+    return False
+
+
+@functools.cache
+def _missing(capability: tuple[int, int] | None) -> str | None:
+    """What kernels need and this environment lacks, as a clause; None if nothing."""
+    try:
+        version = importlib.import_module("triton").__version__
+        if capability is not None:
+            importlib.import_module("cuda.bindings.runtime")
+    except (ImportError, RuntimeError, OSError) as problem:
+        what = str(problem).partition("\n")[0]
+        return f"needs Triton and cuda-core (pip install 'nvfp4-experts[gpu]'): {what}"
+    oldest = OLDEST_TRITON_OF_SM_121 if capability == (12, 1) else OLDEST_TRITON
+    found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if found < oldest:
+        return f"needs Triton {'.'.join(map(str, oldest))} or newer, and {version} is here"
+    return None
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    """Who asked for "auto" on a Blackwell GPU would not otherwise hear that its backend was passed over."""
+    warnings.warn(f"backend 'sm100' cannot run on this Blackwell GPU: it {reason}", stacklevel=3)
+
+
+BACKEND = Sm100Backend("sm100")
