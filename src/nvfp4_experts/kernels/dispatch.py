@@ -37,7 +37,7 @@ _MODULES_BY_NAME = {"exact": "exact.backend"}
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
-_ROUTED = {"torch": "torch_backend"}
+_ROUTED = {"cpu": "cpu.routed", "torch": "torch_backend"}
 
 
 @dataclass(frozen=True)

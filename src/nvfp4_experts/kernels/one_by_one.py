@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts by way of shared ones: what backends have in common that run one hit expert after the other.
 
-    packed form   that of a shared expert, E times, stacked
-    a call        slots grouped by expert (the counts are read on the host: a GPU waits here);
-                  rows (T * k, H) fp32, one a slot, each expert writing its own; then a token's rows are added in slot order
+packed form   that of a shared expert, E times, stacked
+a call        slots grouped by expert (the counts are read on the host: a GPU waits here);
+              rows (T * k, H) fp32, one a slot, each expert writing its own; then a token's rows are added in slot order
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ def hit_experts(routing: Routing, experts: int) -> Iterator[tuple[int, Tensor]]:
 
 def of_expert(call: Call, expert: int) -> Call:
     """The call with that expert's static scales in place of all."""
-    scales = {name: getattr(call, name) for name in ("input_scale", "hidden_scale")}
-    return dataclasses.replace(call, **{name: None if s is None else s[expert] for name, s in scales.items()})
+    input_scale, hidden_scale = (None if s is None else s[expert] for s in (call.input_scale, call.hidden_scale))
+    return dataclasses.replace(call, input_scale=input_scale, hidden_scale=hidden_scale)
 
 
 def add_slots(rows: Tensor, out: Tensor) -> None:
     """rows (T, k, H) fp32 to out (T, H): ((0 + row_0) + row_1) + ..., rounded once to its dtype."""
     total = torch.zeros(out.shape, device=out.device)
-    for slot in range(rows.shape[1]):
-        total += rows[:, slot]
+    for of_slot in rows.unbind(1):
+        total += of_slot
     out.copy_(total)

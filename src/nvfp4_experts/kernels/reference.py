@@ -154,15 +154,15 @@ def routed_experts(
     Returns:
         (T, H) in the dtype of x.
     """
-    static = activations == "nvfp4" and activation_scale == "static"
     rows = torch.zeros(*indices.shape, x.shape[1], device=x.device)
     for expert in range(len(gate)):
         token, slot = (indices == expert).nonzero(as_tuple=True)
         if not len(token):
             continue
         weight = weights.float()[token, slot, None]
+        x_scale, h_scale = (None if s is None else s[expert] for s in (input_scale, hidden_scale))
         # All of x enters and rows are taken afterwards: the amax of "dynamic" is that of the batch.
-        values, scale = enter(x, activations, activation_scale, input_scale[expert] if static else None)
+        values, scale = enter(x, activations, activation_scale, x_scale)
         values, scale = values[token], scale[token] if scale.ndim else scale
         h = swiglu(
             linear(values, scale, gate[expert], activations),
@@ -171,10 +171,10 @@ def routed_experts(
         )
         if weighting == "before_down":
             h = h * weight
-        values, scale = enter(h, activations, activation_scale, hidden_scale[expert] if static else None)
+        values, scale = enter(h, activations, activation_scale, h_scale)
         row = linear(values, scale, down[expert], activations)
         rows[token, slot] = row if weighting == "before_down" else row * weight
     total = torch.zeros(x.shape, device=x.device)
-    for slot in range(indices.shape[1]):
-        total = total + rows[:, slot]
+    for of_slot in rows.unbind(1):
+        total = total + of_slot
     return total.to(x.dtype)
