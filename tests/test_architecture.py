@@ -117,7 +117,7 @@ def test_every_folder_has_a_floor() -> None:
 
 
 KERNELS = PACKAGE / "kernels"
-COMMON = {"ops", "dispatch", "target", "tiled", "plain", "native", "cuda"}
+COMMON = {"ops", "dispatch", "target", "tiled", "plain", "native", "cuda", "one_by_one"}
 BACKENDS = {path.stem for path in KERNELS.iterdir()} - {"__init__", "__pycache__", *COMMON}
 
 

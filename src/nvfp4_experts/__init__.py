@@ -4,6 +4,8 @@
     quantize            a weight (..., K)             -> Nvfp4Tensor
     Nvfp4Tensor         codes, block scales, global scale; `.dequantize()`
     Nvfp4SharedExpert   gate, up and down in NVFP4 as one `nn.Module`: y = expert(x)
+    Nvfp4RoutedExperts  E of them, weighted per token: y = experts(x, topk_indices, topk_weights)
+    Nvfp4MoE            router, routed experts and shared expert: y = block(x)
     load_shared_expert  one layer's shared expert out of a checkpoint on disk
 
 Each name is imported when it is first asked for, so that `import nvfp4_experts` costs nothing: no torch,
@@ -21,16 +23,28 @@ if TYPE_CHECKING:
     from .checkpoints import load_shared_expert as load_shared_expert
     from .formats.nvfp4 import Nvfp4Tensor as Nvfp4Tensor
     from .formats.nvfp4 import quantize as quantize
+    from .layers.moe import Nvfp4MoE as Nvfp4MoE
+    from .layers.routed_experts import Nvfp4RoutedExperts as Nvfp4RoutedExperts
     from .layers.shared_expert import Nvfp4SharedExpert as Nvfp4SharedExpert
 
 _HOMES = {
+    "Nvfp4MoE": ".layers.moe",
+    "Nvfp4RoutedExperts": ".layers.routed_experts",
     "Nvfp4SharedExpert": ".layers.shared_expert",
     "Nvfp4Tensor": ".formats.nvfp4",
     "load_shared_expert": ".checkpoints",
     "quantize": ".formats.nvfp4",
 }
 
-__all__ = ["Nvfp4SharedExpert", "Nvfp4Tensor", "__version__", "load_shared_expert", "quantize"]
+__all__ = [
+    "Nvfp4MoE",
+    "Nvfp4RoutedExperts",
+    "Nvfp4SharedExpert",
+    "Nvfp4Tensor",
+    "__version__",
+    "load_shared_expert",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:

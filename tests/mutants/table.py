@@ -318,7 +318,7 @@ MUTANTS = (
     ),
     Mutant(
         "dtype conversion of a model converts scales",
-        "layers/shared_expert.py",
+        "layers/packed.py",
         "fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)",
         "fn(t)",
         "tests/layers/test_shared_expert.py::TestState::test_dtype_conversions_leave_the_bytes_alone",

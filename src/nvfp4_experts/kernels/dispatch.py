@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend runs a shared expert, and why not the others.
+"""Which backend runs a shared expert, or routed ones, and why not the others.
 
 A backend is one module with a `BACKEND` object. It refuses a problem with a reason or takes it; it packs weights into
 the form its kernel reads and can unpack them again; and it computes. A new backend is a new row in `_MODULES`, or in
 `_MODULES_BY_NAME` if it must be asked for: the contract tests, `nvfp4-experts run --backend` and the error messages
-find it there.
+find it there. One that has routed experts too has a `ROUTED` object, and a row in `_ROUTED`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,10 +21,12 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..formats.nvfp4 import Nvfp4Tensor
+from ..formats.stack import Nvfp4Stack
 from .target import Target
 
 ACTIVATIONS = ("nvfp4", "fp8", "bf16")
 ACTIVATION_SCALES = ("static", "dynamic", "per_token")
+WEIGHTINGS = ("before_down", "after_down")
 
 # Preference order of "auto": the first that does not refuse. Modules load on first use.
 _MODULES = {"sm100": "sm100.backend", "sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
@@ -33,6 +35,9 @@ BACKENDS = tuple(_MODULES)
 # What "auto" never takes, wherever it runs: each answers another question than how to be fast.
 _MODULES_BY_NAME = {"sm100-torch": "sm100.vendor", "sm100-decode": "sm100.decoding", "exact": "exact.backend"}
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
+
+# Where those that have routed experts keep them; the others refuse such a problem.
+_ROUTED = {"cpu": "cpu.routed", "torch": "torch_backend"}
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Problem:
     activations: str
     target: Target
     activation_scale: str = "dynamic"
+    experts: int = 0
+    """of a layer of routed experts; 0 is one shared expert"""
+    top_k: int = 0
+    """the most slots of a token: a call has at most max_tokens * top_k rows"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,21 @@ class Call:
     def clamp(self) -> float:
         """What gate and up are clamped to: L, or infinity where that is off or no fp32 is beyond it."""
         return self.swiglu_limit if 0 < self.swiglu_limit <= torch.finfo(torch.float32).max else math.inf
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts each token of a call goes to.
+
+    Args:
+        indices: (T, k) int32 or int64, contiguous; outside [0, E): not here.
+        weights: (T, k) fp32, contiguous.
+        weighting: one of WEIGHTINGS: whether weights multiply h (fp32, before it enters) or what down makes of it.
+    """
+
+    indices: Tensor
+    weights: Tensor
+    weighting: str
 
 
 class Backend(Protocol):
@@ -93,6 +117,33 @@ class Backend(Protocol):
         """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H) of the same dtype."""
 
 
+class RoutedBackend(Protocol):
+    """A backend's `ROUTED`: as `Backend`, on stacks of E experts; `reference.py` says what it computes."""
+
+    name: str
+
+    def refusal(self, problem: Problem) -> str | None:
+        """See `Backend`; the problem has experts."""
+
+    def pack(self, gate: Nvfp4Stack, up: Nvfp4Stack, down: Nvfp4Stack) -> dict[str, Tensor]:
+        """See `Backend`."""
+
+    def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Stack, ...]:
+        """See `Backend`."""
+
+    def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
+        """See `Backend`."""
+
+    def scratch_bytes(self, device: torch.device) -> int:
+        """See `Backend`."""
+
+    def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
+        """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H), of the dtype of x or fp32.
+
+        Static scales in `call` are (E,) fp32.
+        """
+
+
 @functools.cache
 def get_backend(name: str) -> Backend:
     """The backend of that name, imported on first use."""
@@ -100,6 +151,15 @@ def get_backend(name: str) -> Backend:
         raise UnsupportedError("backend", f"must be one of {('auto', *ALL_BACKENDS)}", repr(name), "use 'auto'")
     module = (_MODULES | _MODULES_BY_NAME)[name]
     return importlib.import_module(f".{module}", __package__).BACKEND
+
+
+@functools.cache
+def get_routed_backend(name: str) -> RoutedBackend:
+    """The routed experts of the backend of that name; UnsupportedError if it has none."""
+    if name not in _ROUTED:
+        rule = f"must be one of {('auto', *_ROUTED)} for routed experts"
+        raise UnsupportedError("backend", rule, repr(name), "use 'auto'")
+    return importlib.import_module(f".{_ROUTED[name]}", __package__).ROUTED
 
 
 def choose_backend(name: str, problem: Problem) -> Backend:
@@ -113,13 +173,28 @@ def choose_backend(name: str, problem: Problem) -> Backend:
         UnsupportedError: the named backend refuses (nothing else is tried), or every backend does; the message carries
             every backend's reason.
     """
+    return get_backend(_first_able(name, problem, lambda other: get_backend(other).refusal(problem)))
+
+
+def choose_routed_backend(name: str, problem: Problem) -> RoutedBackend:
+    """The backend to use for a problem with experts; as `choose_backend`."""
+
+    def refusal(other: str) -> str | None:
+        if other not in _ROUTED:
+            get_backend(other)  # an unknown name is another error
+            return "has no routed experts"
+        return get_routed_backend(other).refusal(problem)
+
+    return get_routed_backend(_first_able(name, problem, refusal))
+
+
+def _first_able(name: str, problem: Problem, refusal: Callable[[str], str | None]) -> str:
     wanted = BACKENDS if name == "auto" else (name,)
     for candidate in wanted:
-        backend = get_backend(candidate)
-        if backend.refusal(problem) is None:
-            return backend
+        if refusal(candidate) is None:
+            return candidate
     asked = dict.fromkeys((*wanted, *BACKENDS))  # its own reason first
-    reasons = "; ".join(f"{other}: {get_backend(other).refusal(problem) or 'can run this'}" for other in asked)
+    reasons = "; ".join(f"{other}: {refusal(other) or 'can run this'}" for other in asked)
     raise UnsupportedError(
         f"backend {name!r}", f"must be able to run {problem}", reasons, "use 'auto' or change the layer"
     )

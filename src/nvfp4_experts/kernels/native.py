@@ -29,7 +29,7 @@ BUILD = "pip install . (or, in a checkout, make native) with a C++17 compiler: G
 _NAME = "libnvfp4_experts_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 _HERE = Path(__file__).parent / "cpu"
 _WEIGHTS = ("gate_up", "gate_up_global_scales", "gate_up_row_amax", "down", "down_global_scale", "down_row_amax")
-_POINTERS = ("x", "y", *_WEIGHTS, "input_scale", "hidden_scale", "scratch")
+_POINTERS = ("x", "y", *_WEIGHTS, "input_scale", "hidden_scale", "input_amax", "factors", "scratch")
 
 
 class Call(ctypes.Structure):

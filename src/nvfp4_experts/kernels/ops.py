@@ -3,9 +3,10 @@
 
     shared_expert(x, weights, ...) -> y          a tensor of the caller's own
     shared_expert_out(x, weights, ..., out)      the same into the caller's tensor
+    routed_experts, routed_experts_out           the same with indices and weights of each token; out may be fp32
     hidden_states(x, gate, up, limit) -> h       the layer's first half, for calibration; an ordinary function
 
-`weights` are what the named backend's `pack` made, in its order; `reference.shared_expert` says what is computed.
+`weights` are what the named backend's `pack` made, in its order; `reference.py` says what is computed.
 Arguments have been checked by the layer; an op only forwards them to the backend.
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ..formats.nvfp4 import Nvfp4Tensor
 from . import tiled
-from .dispatch import Call, get_backend
+from .dispatch import Call, Routing, get_backend, get_routed_backend
 
 _CALIBRATION_TILE = 1 << 20
 
@@ -72,11 +73,52 @@ def _shared_expert_out(
     get_backend(backend).shared_expert(x, weights, call, out)
 
 
+def _routed_experts(
+    x: Tensor,
+    weights: list[Tensor],
+    indices: Tensor,
+    topk_weights: Tensor,
+    input_scale: Tensor | None,
+    hidden_scale: Tensor | None,
+    swiglu_limit: float,
+    activations: str,
+    activation_scale: str,
+    weighting: str,
+    backend: str,
+) -> Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
+    get_routed_backend(backend).routed_experts(x, weights, Routing(indices, topk_weights, weighting), call, out)
+    return out
+
+
+def _routed_experts_out(
+    x: Tensor,
+    weights: list[Tensor],
+    indices: Tensor,
+    topk_weights: Tensor,
+    input_scale: Tensor | None,
+    hidden_scale: Tensor | None,
+    swiglu_limit: float,
+    activations: str,
+    activation_scale: str,
+    weighting: str,
+    backend: str,
+    out: Tensor,
+) -> None:
+    call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
+    get_routed_backend(backend).routed_experts(x, weights, Routing(indices, topk_weights, weighting), call, out)
+
+
+def _like_x(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 # x (T, H) to y (T, H), dtype of x; or to `out`, which must not overlap x.
-shared_expert = _register(
-    "shared_expert", _shared_expert, lambda x, *_: torch.empty_like(x, memory_format=torch.contiguous_format)
-)
+shared_expert = _register("shared_expert", _shared_expert, _like_x)
 shared_expert_out = _register("shared_expert_out", _shared_expert_out, lambda *_: None, writes="out")
+routed_experts = _register("routed_experts", _routed_experts, _like_x)
+routed_experts_out = _register("routed_experts_out", _routed_experts_out, lambda *_: None, writes="out")
 
 
 def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: float) -> Tensor:

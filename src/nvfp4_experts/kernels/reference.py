@@ -17,7 +17,24 @@ scales (activation's and weight's) multiply the fp32 sum, never the operands:
 | "fp8"       | e4m3 of x, one scale per token      | e4m3 of (e2m1 * block scale),      | row scale * global    |
 |             |                                     | one scale per output row           |                       |
 
-Backends may differ from this file in the order of the sum over k and in nothing else, but for "fp8" on sm90
+Routed experts are such experts, chosen and weighted by token. For slot s of token t, with e = indices[t, s] in [0, E)
+and w = weights[t, s] in fp32:
+
+    row_s = enter(h * w) @ W2[e].T            weighting "before_down": h of expert e, times w in fp32
+    row_s = (enter(h) @ W2[e].T) * w          weighting "after_down"
+    y[t]  = ((0 + row_0) + row_1) + ...       fp32, slots in ascending order, cast once to the dtype of x
+
+The order of that last sum is part of the contract. A slot whose index is outside [0, E) is not here (another rank has
+the expert, or nobody) and adds nothing, even if x is NaN. Slots count one by one: an expert named twice adds twice. A
+weight of 0 is a weight like any other: NaN times 0 is NaN. Global scales in "nvfp4", of expert e:
+
+| activation_scale | of x                                | of what enters down                                    |
+|------------------|-------------------------------------|--------------------------------------------------------|
+| "static"         | input_scale[e]                      | hidden_scale[e]                                        |
+| "dynamic"        | amax of x, all T tokens             | amax of the rows that this call has for e              |
+| "per_token"      | amax of the row                     | amax of the row                                        |
+
+Backends may differ from this file in the order of the sums over k and in nothing else, but for "fp8" on sm90
 (sm90/fp8.py). No kernel calls this file and it calls no kernel.
 """
 
@@ -29,6 +46,7 @@ from torch import Tensor
 from ..formats.activations import quantize_activation, quantize_fp8_rows
 from ..formats.codes import decode_blocks
 from ..formats.nvfp4 import Nvfp4Tensor
+from ..formats.stack import Nvfp4Stack
 
 
 def enter(x: Tensor, activations: str, activation_scale: str, scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -103,3 +121,60 @@ def shared_expert(
     h = swiglu(linear(values, scale, gate, activations), linear(values, scale, up, activations), swiglu_limit)
     values, scale = enter(h, activations, activation_scale, hidden_scale)
     return linear(values, scale, down, activations).to(x.dtype)
+
+
+def routed_experts(
+    x: Tensor,
+    gate: Nvfp4Stack,
+    up: Nvfp4Stack,
+    down: Nvfp4Stack,
+    indices: Tensor,
+    weights: Tensor,
+    *,
+    swiglu_limit: float,
+    activations: str,
+    activation_scale: str = "dynamic",
+    input_scale: Tensor | None = None,
+    hidden_scale: Tensor | None = None,
+    weighting: str = "before_down",
+) -> Tensor:
+    """Routed experts as the module docstring defines them.
+
+    Args:
+        x: (T, H) bf16, fp16 or fp32.
+        gate, up: (E, I, H) NVFP4; each expert has global scales of its own, and those of gate and up may differ.
+        down: (E, H, I) NVFP4.
+        indices: (T, k) integers.
+        weights: (T, k) floating.
+        swiglu_limit: L of the clamp; 0 is off.
+        activations, activation_scale: see `enter`.
+        input_scale, hidden_scale: (E,) fp32 decode-direction scales of x and of h, for "static".
+        weighting: "before_down" or "after_down".
+
+    Returns:
+        (T, H) in the dtype of x.
+    """
+    rows = torch.zeros(*indices.shape, x.shape[1], device=x.device)
+    for expert in range(len(gate)):
+        token, slot = (indices == expert).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        weight = weights.float()[token, slot, None]
+        x_scale, h_scale = (None if s is None else s[expert] for s in (input_scale, hidden_scale))
+        # All of x enters and rows are taken afterwards: the amax of "dynamic" is that of the batch.
+        values, scale = enter(x, activations, activation_scale, x_scale)
+        values, scale = values[token], scale[token] if scale.ndim else scale
+        h = swiglu(
+            linear(values, scale, gate[expert], activations),
+            linear(values, scale, up[expert], activations),
+            swiglu_limit,
+        )
+        if weighting == "before_down":
+            h = h * weight
+        values, scale = enter(h, activations, activation_scale, h_scale)
+        row = linear(values, scale, down[expert], activations)
+        rows[token, slot] = row if weighting == "before_down" else row * weight
+    total = torch.zeros(x.shape, device=x.device)
+    for of_slot in rows.unbind(1):
+        total = total + of_slot
+    return total.to(x.dtype)

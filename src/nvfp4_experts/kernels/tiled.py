@@ -83,24 +83,37 @@ def intermediate(
     size: int,
     call: Call,
     h_dtype: torch.dtype,
+    factors: Tensor | None = None,
 ) -> Tensor:
-    """L1 and SwiGLU: entered values (T, H) to h (T, size) of `h_dtype`."""
+    """L1 and SwiGLU: entered values (T, H) to h (T, size) of `h_dtype`; times `factors` (T, 1) fp32 before rounding."""
     gate_scale, up_scale, _ = weights.global_scales
     h = torch.empty(values.shape[0], size, dtype=h_dtype, device=values.device)
     for rows in _row_tiles(size, values.shape[1], weights.tile_values):
         gate_tile, up_tile = weights.gate_up(rows)
         gate = _linear(values, scale, gate_tile, gate_scale, call.activations)
         up = _linear(values, scale, up_tile, up_scale, call.activations)
-        _swiglu(gate, up, call.swiglu_limit, out=h[:, rows])
+        _swiglu(gate, up, call.swiglu_limit, factors, out=h[:, rows])
     return h
 
 
 def shared_expert(x: Tensor, weights: TiledWeights, size: int, call: Call, out: Tensor) -> None:
     """The whole layer: x (T, H) to out (T, H), with an intermediate of `size` channels."""
-    values, scale = enter(x, call, call.input_scale)
+    one_expert(*enter(x, call, call.input_scale), weights, size, call, out)
+
+
+def one_expert(
+    values: Tensor,
+    scale: Tensor | None,
+    weights: TiledWeights,
+    size: int,
+    call: Call,
+    out: Tensor,
+    factors: Tensor | None = None,
+) -> None:
+    """The layer after x has entered: values (T, H) to out (T, H); h times `factors` (T, 1) fp32, if there are any."""
     # h is quantised from fp32; in bf16 it is rounded once, on the way into this buffer.
     h_dtype = torch.bfloat16 if call.activations == "bf16" else torch.float32
-    h = intermediate(values, scale, weights, size, call, h_dtype)
+    h = intermediate(values, scale, weights, size, call, h_dtype, factors)
     values, scale = enter(h, call, call.hidden_scale)
     for rows in _row_tiles(out.shape[1], size, weights.tile_values):
         _linear(values, scale, weights.down(rows), weights.global_scales[2], call.activations, out=out[:, rows])
@@ -134,8 +147,11 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b.T, out_dtype=torch.float32)
 
 
-def _swiglu(gate: Tensor, up: Tensor, limit: float, out: Tensor) -> None:
-    """fp32 gate and up, overwritten, to `out`, rounded once to its dtype."""
+def _swiglu(gate: Tensor, up: Tensor, limit: float, factors: Tensor | None, out: Tensor) -> None:
+    """fp32 gate and up, overwritten, to `out`, rounded once to its dtype; times `factors` (T, 1), if there are any."""
     if limit > 0:
         gate, up = gate.clamp_(max=limit), up.clamp_(-limit, limit)
-    torch.mul(torch.nn.functional.silu(gate, inplace=True), up, out=out)
+    h = torch.nn.functional.silu(gate, inplace=True)
+    if factors is not None:
+        h, up = h.mul_(up), factors
+    torch.mul(h, up, out=out)

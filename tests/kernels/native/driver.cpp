@@ -82,8 +82,14 @@ uint64_t run(int tier, Shape shape, int32_t activations, int32_t mode, int32_t e
   memcpy(scales.data(), values, sizeof values);
   memset(y.data(), 0xA5, y.bytes);
   float* s = scales.data();
+  // Every third case as routed experts call it: factors of h, and the largest magnitude of a larger batch.
+  const bool routed = sizeof(T) == 4;
+  Memory<float> factors(t);
+  for (int64_t k = 0; k < t; ++k) factors.data()[k] = (static_cast<int32_t>(random32() % 201) - 50) / 64.0f;
+  Memory<uint32_t> batch_amax(1);
+  memcpy(batch_amax.data(), "\0\0\xC0\x40", 4);  // 6
   Call call{x.data(), y.data(), gate_up.data(), s, amax.data(), down.data(), s + 2, down_amax.data(), s + 3, s + 4,
-            nullptr, t, h, i, 10.0f, element, activations, mode, 3, tier};
+            routed ? batch_amax.data() : nullptr, routed ? factors.data() : nullptr, nullptr, t, h, i, 10.0f, element, activations, mode, 3, tier};
   Memory<uint8_t> scratch(nvfp4_scratch_bytes(&call));
   memset(scratch.data(), 0xFF, scratch.bytes);
   call.scratch = scratch.data();

@@ -76,35 +76,54 @@ class CpuBackend:
         return sum(holder.block.nbytes for holder in list(_holders) if holder.block is not None)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        loaded, reason = native.load()
-        assert loaded is not None, reason  # it was there when the layer was built
-        gate_up, gate_up_scales, gate_up_amax, down, down_scale, down_amax = weights
-        whole = call.activations == "nvfp4" and call.activation_scale == "dynamic"
-        layer = native.Call(
-            gate_up=gate_up.data_ptr(),
-            gate_up_global_scales=gate_up_scales.data_ptr(),
-            gate_up_row_amax=gate_up_amax.data_ptr(),
-            down=down.data_ptr(),
-            down_global_scale=down_scale.data_ptr(),
-            down_row_amax=down_amax.data_ptr(),
-            input_scale=None if call.input_scale is None else call.input_scale.data_ptr(),
-            hidden_scale=None if call.hidden_scale is None else call.hidden_scale.data_ptr(),
-            hidden=x.shape[1],
-            intermediate=gate_up.numel() // row_tile_bytes(2, x.shape[1]),
-            clamp=call.clamp,
-            element=_ELEMENT[x.dtype],
-            activations=_ACTIVATIONS[call.activations],
-            scale_mode=_SCALE_MODE[call.activation_scale],
-            threads=cpu_threads(),
-            tier=native.tier().index,
-        )
-        tokens, row_bytes = x.shape[0], x.shape[1] * x.itemsize
-        step = tokens if whole else CHUNK
-        for first in range(0, tokens, step):
-            layer.x, layer.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
-            layer.tokens = min(step, tokens - first)
-            layer.scratch = _scratch(loaded.scratch_bytes(byref(layer)))
-            loaded.shared_expert(byref(layer))
+        run_expert(x, weights, call, out)
+
+
+def run_expert(
+    x: Tensor,
+    weights: list[Tensor],
+    call: Call,
+    out: Tensor,
+    input_amax: Tensor | None = None,
+    factors: Tensor | None = None,
+) -> None:
+    """One expert, x (T, H) to out (T, H) of the same dtype.
+
+    Args:
+        input_amax: () fp32, what "dynamic" takes for the amax of x, if x is part of a larger batch.
+        factors: (T,) fp32, contiguous, what h is multiplied by before it enters its format.
+    """
+    loaded, reason = native.load()
+    assert loaded is not None, reason  # it was there when the layer was built
+    gate_up, gate_up_scales, gate_up_amax, down, down_scale, down_amax = weights
+    whole = call.activations == "nvfp4" and call.activation_scale == "dynamic"
+    layer = native.Call(
+        gate_up=gate_up.data_ptr(),
+        gate_up_global_scales=gate_up_scales.data_ptr(),
+        gate_up_row_amax=gate_up_amax.data_ptr(),
+        down=down.data_ptr(),
+        down_global_scale=down_scale.data_ptr(),
+        down_row_amax=down_amax.data_ptr(),
+        input_scale=None if call.input_scale is None else call.input_scale.data_ptr(),
+        hidden_scale=None if call.hidden_scale is None else call.hidden_scale.data_ptr(),
+        input_amax=None if input_amax is None else input_amax.data_ptr(),
+        hidden=x.shape[1],
+        intermediate=gate_up.numel() // row_tile_bytes(2, x.shape[1]),
+        clamp=call.clamp,
+        element=_ELEMENT[x.dtype],
+        activations=_ACTIVATIONS[call.activations],
+        scale_mode=_SCALE_MODE[call.activation_scale],
+        threads=cpu_threads(),
+        tier=native.tier().index,
+    )
+    tokens, row_bytes = x.shape[0], x.shape[1] * x.itemsize
+    step = tokens if whole else CHUNK
+    for first in range(0, tokens, step):
+        layer.x, layer.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
+        layer.factors = None if factors is None else factors.data_ptr() + first * factors.itemsize
+        layer.tokens = min(step, tokens - first)
+        layer.scratch = _scratch(loaded.scratch_bytes(byref(layer)))
+        loaded.shared_expert(byref(layer))
 
 
 class _Scratch(threading.local):

@@ -31,6 +31,8 @@ struct Call {
   const uint16_t* down_row_amax;
   const float* input_scale;   // kStatic alone
   const float* hidden_scale;  // kStatic alone
+  const uint32_t* input_amax;  // kDynamic: fp32 bits, if x is of a larger batch; or null
+  const float* factors;        // (T,) of h, in front of its quantisation; or null
   void* scratch;
   int64_t tokens;
   int64_t hidden;
@@ -75,7 +77,7 @@ struct Entry {
   int32_t activations;
   int32_t scale_mode;
   const float* static_scale;
-  const uint32_t* amax_bits;  // kDynamic: of the whole batch
+  const uint32_t* amax_bits;  // kDynamic: of the whole batch; null: to be looked for
   uint8_t* values;
   float* scales;
 };
@@ -89,6 +91,7 @@ struct Half {
   const float* global_scales;
   const uint8_t* values;
   const float* scales;
+  const float* factors;  // of h; or null
   int64_t tokens;
   int32_t activations;
   int32_t element;

@@ -6,7 +6,7 @@
 //   3  enter     h -> values           by groups of tokens
 //   4  down      values -> y           by blocks of tokens x 32 rows
 //
-// kDynamic looks for the largest magnitude of all x, and of all h, in front of steps 1 and 3. An exact product is an enter
+// kDynamic looks for the largest magnitude of all x (unless the caller has it), and of all h, in front of steps 1 and 3. An exact product is an enter
 // by tokens and one multiplication, by blocks of tokens x tiles of 16 rows.
 #include "api.h"
 #include "team.h"
@@ -41,7 +41,7 @@ constexpr int64_t kValuesAlone = 1 << 15;
 
 void enter(const Call& call, const Kernels& kernels, Entry entry, uint32_t* amax) {
   const int threads = entry.tokens * entry.columns < kValuesAlone ? 1 : call.threads;
-  if (entry.activations == kNvfp4 && entry.scale_mode == kDynamic) {
+  if (entry.activations == kNvfp4 && entry.scale_mode == kDynamic && !entry.amax_bits) {
     run(threads, entry.tokens, [&](int64_t t) { amax[t] = kernels.row_amax(entry.x, entry.element, t, entry.columns); });
     for (int64_t t = 1; t < entry.tokens; ++t) amax[0] = amax[t] > amax[0] ? amax[t] : amax[0];
     entry.amax_bits = amax;
@@ -72,12 +72,12 @@ NVFP4_EXPORT void nvfp4_shared_expert(const Call* given) {
   uint32_t* amax = reinterpret_cast<uint32_t*>(scratch + at.amax);
 
   enter(call, kernels,
-        {call.x, call.tokens, call.hidden, call.element, call.activations, call.scale_mode, call.input_scale, nullptr,
+        {call.x, call.tokens, call.hidden, call.element, call.activations, call.scale_mode, call.input_scale, call.input_amax,
          scratch + at.values, scales},
         amax);
   multiply(call,
            {call.gate_up, call.intermediate, call.hidden, call.gate_up_row_amax, call.gate_up_global_scales,
-            scratch + at.values, scales, call.tokens, call.activations, kElementFp32, call.clamp, h},
+            scratch + at.values, scales, call.factors, call.tokens, call.activations, kElementFp32, call.clamp, h},
            call.intermediate / kRows, kernels.gate_up);
   enter(call, kernels,
         {h, call.tokens, call.intermediate, kElementFp32, call.activations, call.scale_mode, call.hidden_scale, nullptr,
@@ -85,7 +85,7 @@ NVFP4_EXPORT void nvfp4_shared_expert(const Call* given) {
         amax);
   multiply(call,
            {call.down, call.hidden, call.intermediate, call.down_row_amax, call.down_global_scale,
-            scratch + at.h_values, scales, call.tokens, call.activations, call.element, call.clamp, call.y},
+            scratch + at.h_values, scales, nullptr, call.tokens, call.activations, call.element, call.clamp, call.y},
            pieces(call.hidden, 2 * kRows), kernels.down);
 }
 

@@ -198,7 +198,8 @@ static void gate_up(const Half& half, int64_t first, int64_t pair) {
       F gate = load<F>(sums[t][0] + v * kLanes) * (x * scale[0]);
       F up = load<F>(sums[t][1] + v * kLanes) * (x * scale[1]);
       float* h = static_cast<float*>(half.out) + (first + t) * half.rows + pair * kRows + v * kLanes;
-      store(h, swiglu(gate, up, half.clamp));
+      F value = swiglu(gate, up, half.clamp);
+      store(h, half.factors ? value * splat(half.factors[first + t]) : value);
     }
   }
 }

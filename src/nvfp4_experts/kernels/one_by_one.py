@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts by way of shared ones: what backends have in common that run one hit expert after the other.
+
+packed form   that of a shared expert, E times, stacked
+a call        slots grouped by expert (the counts are read on the host: a GPU waits here);
+              rows (T * k, H) fp32, one a slot, each expert writing its own; then a token's rows are added in slot order
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.stack import Nvfp4Stack
+from .dispatch import Backend, Call, Problem, Routing
+
+
+class StackedExperts:
+    """Everything of a `RoutedBackend` but the computation, from the backend of one expert."""
+
+    def __init__(self, one: Backend) -> None:
+        self.one, self.name = one, one.name
+
+    def refusal(self, problem: Problem) -> str | None:
+        return self.one.refusal(problem)
+
+    def pack(self, gate: Nvfp4Stack, up: Nvfp4Stack, down: Nvfp4Stack) -> dict[str, Tensor]:
+        stacks: dict[str, Tensor] = {}
+        for expert in range(len(gate)):
+            for name, tensor in self.one.pack(gate[expert], up[expert], down[expert]).items():
+                stack = stacks.setdefault(name, tensor.new_empty((len(gate), *tensor.shape)))
+                stack[expert] = tensor
+        return stacks
+
+    def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Stack, ...]:
+        experts = len(next(iter(weights.values())))
+        unpacked = [
+            self.one.unpack({name: stack[expert] for name, stack in weights.items()}, hidden, intermediate)
+            for expert in range(experts)
+        ]
+        return tuple(Nvfp4Stack.of(projection) for projection in zip(*unpacked, strict=True))
+
+    def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
+        self.one.prepare(problem, device, max_tokens)
+
+    def scratch_bytes(self, device: torch.device) -> int:
+        return self.one.scratch_bytes(device)
+
+
+def hit_experts(routing: Routing, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its slots t * k + s in ascending order) for each expert that has any."""
+    indices = routing.indices.flatten().long()
+    here = (indices >= 0) & (indices < experts)
+    grouped, slots = torch.where(here, indices, experts).sort(stable=True)
+    counts = torch.bincount(grouped, minlength=experts + 1)[:experts].tolist()
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slots[start : start + count]
+        start += count
+
+
+def of_expert(call: Call, expert: int) -> Call:
+    """The call with that expert's static scales in place of all."""
+    input_scale, hidden_scale = (None if s is None else s[expert] for s in (call.input_scale, call.hidden_scale))
+    return dataclasses.replace(call, input_scale=input_scale, hidden_scale=hidden_scale)
+
+
+def add_slots(rows: Tensor, out: Tensor) -> None:
+    """rows (T, k, H) fp32 to out (T, H): ((0 + row_0) + row_1) + ..., rounded once to its dtype."""
+    total = torch.zeros(out.shape, device=out.device)
+    for of_slot in rows.unbind(1):
+        total += of_slot
+    out.copy_(total)

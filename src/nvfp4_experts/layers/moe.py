@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole mixture-of-experts block: router, routed experts, shared expert.
+
+indices, weights = router(x, token_ids)
+y                = (sum over slots of routed experts) + shared(x)        fp32, rounded once to the dtype of x
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, LayoutError
+from .checks import check_out
+from .packed import NoBackward
+from .routed_experts import Nvfp4RoutedExperts
+from .routing import Router
+from .shared_expert import Nvfp4SharedExpert
+
+
+class Nvfp4MoE(nn.Module):
+    """Router, routed experts and an optional shared expert in one call.
+
+    Args:
+        router: a `layers.routing.Router`, or any module that gives (indices (..., k), weights (..., k)) for
+            (x, token_ids).
+        routed: the routed experts; each has its own activation format and so may the shared one.
+        shared: the shared expert, or None. It is added unweighted.
+
+    Raises:
+        LayoutError: parts for different hidden sizes or numbers of experts.
+        InputError: the router chooses more experts than `routed` takes.
+
+    Numerics: the routed sum and the shared expert's result are fp32, added in this order and rounded once.
+        x enters the shared expert as fp32, which is the same values.
+
+    Cost: that of its parts, and (with a shared expert) an fp32 copy of x and two fp32 results. Inference only.
+    """
+
+    def __init__(self, router: nn.Module, routed: Nvfp4RoutedExperts, shared: Nvfp4SharedExpert | None = None) -> None:
+        super().__init__()
+        sizes = {"routed": routed.hidden_size}
+        if shared is not None:
+            sizes["shared"] = shared.hidden_size
+        if isinstance(router, Router):
+            sizes["router"] = router.hidden_size
+            if router.num_experts != routed.num_experts:
+                got = f"{router.num_experts} and {routed.num_experts}"
+                way_out = "for a share of the experts, call router and routed yourself, with indices counted from it"
+                raise LayoutError("router and routed", "must have one number of experts", got, way_out)
+            if router.top_k > routed.top_k:
+                rule = f"must choose at most the top_k={routed.top_k} of the routed experts"
+                raise InputError("router", rule, router.top_k, "build them with a larger top_k")
+        if len(set(sizes.values())) > 1:
+            raise LayoutError("parts", "must have one hidden size", sizes, "build them from one layer's weights")
+        self.router, self.routed, self.shared = router, routed, shared
+
+    def forward(self, x: Tensor, token_ids: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Run the block.
+
+        Args:
+            x: (..., H) bf16, fp16 or fp32 on the device of the weights.
+            token_ids: (...) integers, for a router that goes by token id.
+            out: as for `Nvfp4RoutedExperts`.
+
+        Returns:
+            (..., H) in the dtype of x, or `out`.
+
+        Raises:
+            InputError, CalibrationError: as its parts.
+        """
+        if out is not None:
+            check_out(x, out, or_fp32=True)
+        y = self._run(x, token_ids, out)
+        wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
+        return NoBackward.apply(y, "mixture of experts") if wants_grad else y
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, token_ids: Tensor | None, out: Tensor | None) -> Tensor:
+        indices, weights = self.router(x, token_ids)
+        if self.shared is None:
+            return self.routed(x, indices, weights, out)
+        total = self.routed(x, indices, weights, torch.empty(x.shape, device=x.device))
+        total += self.shared(x.float())
+        return total.to(x.dtype) if out is None else out.copy_(total)

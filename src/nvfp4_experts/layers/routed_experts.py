@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts as a module: E experts' NVFP4 weights, packed once; hidden states and their experts in, their sum out.
+
+h_s  = silu(min(gate, L)) * clamp(up, -L, L)           by expert topk_indices[t, s]; fp32
+y[t] = sum over s of (h_s * topk_weights[t, s]) @ W2.T   fp32, in ascending order of s; or weighted after W2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError, InputError
+from ..formats.nvfp4 import Nvfp4Tensor, joint_amax, quantize
+from ..formats.stack import Nvfp4Stack
+from ..kernels import ops
+from ..kernels.dispatch import WEIGHTINGS, Problem, choose_routed_backend, get_routed_backend
+from ..kernels.target import target_of
+from .checks import (
+    DTYPES,
+    check_hidden_states,
+    check_out,
+    check_weights,
+    checked_choice,
+    checked_count,
+    checked_scale,
+)
+from .packed import NoBackward, PackedModule
+
+Weights = Tensor | Nvfp4Stack | Sequence[Nvfp4Tensor]
+
+
+class Nvfp4RoutedExperts(PackedModule):
+    """E gate/up/down experts with NVFP4 weights, of which each token takes k, weighted.
+
+    Build it with `from_weights`; the constructor takes weights already in NVFP4.
+
+    Args:
+        gate, up: (E, I, H) NVFP4. Each expert has global scales of its own, and those of its gate and up may differ.
+        down: (E, H, I) NVFP4. H and I are any multiples of 16.
+        swiglu_limit: L of the clamp, >= 0; 0 or None is off. Default 10.0.
+        activations: as for `Nvfp4SharedExpert`.
+        activation_scale: where nvfp4's global scales come from: "static" (one for x and one for h of each expert),
+            "dynamic" (of x: amax of the batch; of h: amax of the rows of that expert) or "per_token".
+        input_scale, hidden_scale: static scales of x and of h, decode direction (amax / 2688), > 0: (E,), or one number
+            for all experts; None if unknown. That of h is of what enters down: with weighting "before_down" the
+            calibration must have seen weighted h.
+        weighting: "before_down": routing weights multiply h, in fp32, before it enters its format; "after_down": they
+            multiply what down makes of it.
+        top_k: the most experts of a token; a call with more raises. Backends size their scratch by it.
+        max_tokens: the largest T of a call; more raises.
+        backend: a name from `kernels.dispatch.ALL_BACKENDS` that has routed experts, or "auto".
+
+    Raises:
+        LayoutError: shapes that do not fit together.
+        InputError: an option outside its range.
+        UnsupportedError: the backend cannot run this here, or has no routed experts.
+
+    Numerics: a token's experts are added in fp32 in the order it names them, and rounded once. An index outside [0, E)
+        is not here and adds nothing. NaN stays in its row with bf16, fp8, static and per_token; with dynamic, NaN in x
+        reaches all rows, and in h those of the same expert, hence of tokens that share it.
+
+    Cost: 0.5625 bytes per weight resident. Inference only: there is no backward.
+    """
+
+    weight_type = Nvfp4Stack
+    _kernels = staticmethod(get_routed_backend)
+
+    def __init__(
+        self,
+        gate: Nvfp4Stack,
+        up: Nvfp4Stack,
+        down: Nvfp4Stack,
+        *,
+        swiglu_limit: float | None = 10.0,
+        activations: str = "auto",
+        activation_scale: str = "dynamic",
+        input_scale: float | Tensor | None = None,
+        hidden_scale: float | Tensor | None = None,
+        weighting: str = "before_down",
+        top_k: int = 8,
+        max_tokens: int = 8192,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        check_weights(gate, up, down)
+        self.num_experts, self.intermediate_size, self.hidden_size = gate.shape
+        self.weighting = checked_choice("weighting", weighting, WEIGHTINGS)
+        self.top_k = checked_count("top_k", top_k, "give the most experts that a token has")
+        self._set_options(swiglu_limit, max_tokens, backend)
+        self._set_activations(activations, activation_scale, gate.device)
+        self._set_weights(gate, up, down)
+        self._set_static_scales(input_scale, hidden_scale, gate.device)
+
+    @classmethod
+    def from_weights(
+        cls, gate: Weights, up: Weights, down: Weights, *, recipe: str = "modelopt", **options: Any
+    ) -> Nvfp4RoutedExperts:
+        """Build from floating weights or NVFP4 tensors, in any mixture of gate, up and down.
+
+        Args:
+            gate, up: (E, I, H) bf16, fp16 or fp32; or E Nvfp4Tensors (I, H); or an Nvfp4Stack. When both are floating,
+                gate and up of an expert share one global scale, from their joint amax.
+            down: (E, H, I), likewise.
+            recipe: how floating weights are quantised; see `quantize`.
+            **options: those of the class.
+
+        Raises: what the class and `quantize` raise.
+
+        Cost: beside the packed form, the NVFP4 weights twice while they are stacked.
+        """
+        amax = None
+        if isinstance(gate, Tensor) and isinstance(up, Tensor) and gate.shape == up.shape:
+            _check_floating("gate", gate)
+            amax = [joint_amax(g, u) for g, u in zip(gate, up, strict=True)]
+        gates, ups = _stack("gate", gate, recipe, amax), _stack("up", up, recipe, amax)
+        return cls(gates, ups, _stack("down", down, recipe), **options)
+
+    # -- using it ------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, topk_indices: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
+        """Run each token's experts and add what they give.
+
+        Args:
+            x: (..., H) bf16, fp16 or fp32 on the device of the weights, any strides, at most max_tokens rows.
+            topk_indices: (..., k) int32 or int64, k <= top_k; an index outside [0, E) is an expert that is not here.
+            topk_weights: (..., k) bf16, fp16 or fp32; used in fp32.
+            out: where to write: contiguous, shape and device of x, dtype of x or fp32 (the sum, not rounded), outside
+                the memory from x's first element to its last (not checked in compiled code); None allocates.
+
+        Returns:
+            (..., H) in the dtype of x, or `out`.
+
+        Raises:
+            InputError: an argument does not fit; nothing has been computed.
+            CalibrationError: static scales asked for and there are none.
+        """
+        self._check_call(x, topk_indices, topk_weights, out)
+        if x.numel() == 0:
+            return torch.empty_like(x) if out is None else out
+        arguments = (
+            x.reshape(-1, self.hidden_size).contiguous(),
+            self._weights(),
+            topk_indices.reshape(-1, topk_indices.shape[-1]).contiguous(),
+            topk_weights.reshape(-1, topk_weights.shape[-1]).float().contiguous(),
+            self._input_scale,
+            self._hidden_scale,
+            self.swiglu_limit,
+            self.activations,
+            self.activation_scale,
+            self.weighting,
+            self.backend,
+        )
+        if out is None:
+            y = ops.routed_experts(*arguments).view(x.shape)
+            wants_grad = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
+            return NoBackward.apply(y, "routed experts") if wants_grad else y
+        ops.routed_experts_out(*arguments, out.view(-1, self.hidden_size))
+        return out
+
+    @property
+    def gate(self) -> Nvfp4Stack:
+        """The gate projections, (E, I, H)."""
+        return self._projections()[0]
+
+    @property
+    def up(self) -> Nvfp4Stack:
+        """The up projections, (E, I, H)."""
+        return self._projections()[1]
+
+    @property
+    def down(self) -> Nvfp4Stack:
+        """The down projections, (E, H, I)."""
+        return self._projections()[2]
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """Static scales of x, (E,) fp32, decode direction; None if unknown."""
+        return self._input_scale
+
+    @property
+    def hidden_scale(self) -> Tensor | None:
+        """Static scales of h, (E,) fp32, decode direction; None if unknown."""
+        return self._hidden_scale
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _problem(self, device: torch.device) -> Problem:
+        sizes = self.hidden_size, self.intermediate_size
+        return Problem(*sizes, self.activations, target_of(device), self.activation_scale, self.num_experts, self.top_k)
+
+    def _choose(self, device: torch.device) -> str:
+        return choose_routed_backend(self._backend_choice, self._problem(device)).name
+
+    def _checked_scale(self, name: str, scale: float | Tensor | None, device: torch.device) -> Tensor | None:
+        return checked_scale(name, scale, device, self.num_experts)
+
+    def _check_call(self, x: Tensor, indices: Tensor, weights: Tensor, out: Tensor | None) -> None:
+        device = self._weights()[0].device
+        check_hidden_states(x, self.hidden_size, self.max_tokens, device)
+        for name, tensor, dtypes in (
+            ("topk_indices", indices, (torch.int32, torch.int64)),
+            ("topk_weights", weights, DTYPES),
+        ):
+            if tensor.shape[:-1] != x.shape[:-1] or tensor.ndim != x.ndim or not 1 <= tensor.shape[-1] <= self.top_k:
+                expected = f"must be {(*x.shape[:-1], 'k')}, 1 <= k <= top_k={self.top_k}"
+                way_out = "give one row per token, or build the layer with a larger top_k"
+                raise InputError(name, expected, tuple(tensor.shape), way_out)
+            if tensor.dtype not in dtypes:
+                raise InputError(name, f"must be one of {dtypes}", tensor.dtype, "cast it")
+            if tensor.device != device:
+                raise InputError(name, f"must be on {device}", tensor.device, "move it with .to()")
+        if indices.shape != weights.shape:
+            got = f"{tuple(indices.shape)} and {tuple(weights.shape)}"
+            raise InputError("topk_indices and topk_weights", "must have one shape", got, "give one weight an index")
+        if out is not None:
+            check_out(x, out, or_fp32=True)
+        self._check_static_scales(
+            "load or pass input_scale and hidden_scale, one for each expert, or choose "
+            'activation_scale="dynamic" or "per_token"'
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_experts={self.num_experts}, hidden_size={self.hidden_size}, "
+            f"intermediate_size={self.intermediate_size}, {self._mode()}, weighting={self.weighting!r}, "
+            f"swiglu_limit={self.swiglu_limit or None}, top_k={self.top_k}, max_tokens={self.max_tokens}, "
+            f"backend={self.backend!r}"
+        )
+
+
+def _check_floating(name: str, w: Tensor) -> None:
+    if w.ndim != 3 or len(w) == 0:
+        rule = "must have three dimensions, experts first"
+        raise FormatError(name, rule, tuple(w.shape), "stack the experts' weights, or give a list of Nvfp4Tensors")
+
+
+def _stack(name: str, weights: Weights, recipe: str, amax: list[float] | None = None) -> Nvfp4Stack:
+    if isinstance(weights, Nvfp4Stack):
+        return weights
+    if not isinstance(weights, Tensor):
+        return Nvfp4Stack.of(weights)
+    _check_floating(name, weights)
+    return Nvfp4Stack.of([quantize(w.detach(), recipe, amax[e] if amax else None) for e, w in enumerate(weights)])
