@@ -18,7 +18,7 @@ scales (activation's and weight's) multiply the fp32 sum, never the operands:
 |             |                                     | one scale per output row           |                       |
 
 Backends may differ from this file in the order of the sum over k and in nothing else, but for "fp8" on sm90
-(sm90/fp8.py). No kernel calls this file and it calls no kernel.
+(sm90/fp8.py) and sm100-flashinfer (sm100/vendor_flashinfer.py). No kernel calls this file and it calls no kernel.
 """
 
 from __future__ import annotations
