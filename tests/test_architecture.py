@@ -56,7 +56,7 @@ MACHINE_QUESTIONS = {
     "get_cpu_capability",
 }
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
-HEAVY = {"triton", "transformers", "matplotlib"}
+HEAVY = {"triton", "flashinfer", "transformers", "matplotlib"}
 
 
 def name_of(path: Path) -> str:
@@ -134,7 +134,11 @@ def test_backends_do_not_know_each_other(path: Path) -> None:
 
 @every(SOURCES)
 def test_optional_packages_have_one_door(path: Path) -> None:
-    doors = {"triton": "kernels/sm", "transformers": "integrations/transformers.py"}
+    doors = {
+        "triton": "kernels/sm",
+        "flashinfer": "kernels/sm100/vendor_flashinfer.py",
+        "transformers": "integrations/transformers.py",
+    }
     where = path.relative_to(PACKAGE).as_posix()
     for line, package in outside_imports(path):
         if package in doors:

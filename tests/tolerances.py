@@ -20,6 +20,11 @@ AGAINST_REFERENCE: dict[tuple[str, ...], float] = {
     ("shared_expert", "fp8", "sm90"): 2.0**-4,
     # e2m1: 2^-1.5 apart, and a block scale that flips moves 16 values: 6e-4, a few times.
     ("shared_expert", "nvfp4"): 2.0**-8,
+    # The same where sums leave FlashInfer's GEMM in bf16: gate and up are off by 2^-10 on the mean, h by 2^-9.5. Its
+    # values cross boundaries of e2m1, 2^-1.5 apart: sqrt(2^-1.5 * 2^-9.5) = 0.022; and where one global scale is the
+    # largest of h it moves too, and block scales, 2^-3.5 apart, cross boundaries once in 2^6: 16 values move by 2^-3,
+    # 2^-3 * sqrt(2^-6) = 0.016. Together 0.03, and four times that.
+    ("shared_expert", "nvfp4", "sm100-flashinfer"): 2.0**-3,
 }
 
 # activations -> the layer against exact (fp64) math on the same NVFP4 weights, Gaussian fp32 data, per_token scales:
@@ -51,5 +56,5 @@ def against_reference(activations: str, backend: str, h_values: int, rounded: bo
     default = AGAINST_REFERENCE["shared_expert", activations]
     bound = AGAINST_REFERENCE.get(("shared_expert", activations, backend), default)
     if activations == "nvfp4":
-        bound = max(2.0**-7, 2.0**-3 * (32 / h_values) ** 0.5)
+        bound = max(bound, 2.0**-7, 2.0**-3 * (32 / h_values) ** 0.5)
     return max(bound, 2.0**-9) if rounded else bound

@@ -33,7 +33,12 @@ _MODULES = {"sm100": "sm100.backend", "sm90": "sm90.backend", "cpu": "cpu.backen
 BACKENDS = tuple(_MODULES)
 
 # What "auto" never takes, wherever it runs: each answers another question than how to be fast.
-_MODULES_BY_NAME = {"sm100-torch": "sm100.vendor", "sm100-decode": "sm100.decoding", "exact": "exact.backend"}
+_MODULES_BY_NAME = {
+    "sm100-torch": "sm100.vendor_torch",
+    "sm100-flashinfer": "sm100.vendor_flashinfer",
+    "sm100-decode": "sm100.decoding",
+    "exact": "exact.backend",
+}
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.

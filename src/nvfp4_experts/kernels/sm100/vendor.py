@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blackwell through torch: the same packed weights, multiplied by the vendor's block-scaled GEMM.
+"""Blackwell through a vendor's block-scaled GEMM: the packed weights of `sm100`, everything else in plain torch.
 
-    sums = scaled_mm(codes, block scales; BlockWise1x16, SWIZZLE_32_4_4)      fp32, without global scales
+    sums = codes of x * block scales  @  codes of gate and up * block scales      without global scales
     h    = swiglu(sums of gate * scale, sums of up * scale), quantised in torch, and again
 
-For comparison, by name alone: quantisation and SwiGLU are passes of plain torch. As `sm100`, not yet run on that
-hardware; the tests replace `multiply` and nothing else.
+The global scales of gate and of up differ, and those of tokens may ("per_token"), so the vendor gets none: they are
+applied to the sums, in fp32. For comparison, by name alone. As `sm100`, not yet run on that hardware; the tests replace
+the vendor's function and nothing else.
 """
 
 from __future__ import annotations
@@ -19,40 +20,28 @@ from ..dispatch import Call, Problem
 from .backend import Sm100Backend
 from .config import chip_of
 
-_WHOLE_LOADS = 32  # values in 16 bytes, which the vendor's rows are multiples of
-
-
-def multiply(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
-    """(M, N) fp32 sums of codes (M, K/2) and (N, K/2) under swizzled block scales; all uint8."""
-    from torch.nn.functional import ScalingType, SwizzleType, scaled_mm
-
-    scales = [swizzled.flatten().view(torch.float8_e4m3fn) for swizzled in (a_scales, b_scales)]
-    return scaled_mm(
-        a.view(torch.float4_e2m1fn_x2),
-        b.view(torch.float4_e2m1fn_x2).t(),
-        scales[0],
-        ScalingType.BlockWise1x16,
-        scales[1],
-        ScalingType.BlockWise1x16,
-        SwizzleType.SWIZZLE_32_4_4,
-        SwizzleType.SWIZZLE_32_4_4,
-        output_dtype=torch.float32,
-    )
+_WHOLE_LOADS = 32  # values in 16 bytes, which the vendors' rows are multiples of
 
 
 class VendorBackend(Sm100Backend):
-    """See the module docstring; packed as `sm100` packs."""
+    """See the module docstring; a vendor is `missing` and `multiply`."""
+
+    def missing(self) -> str | None:
+        """What the vendor's library lacks here, as a clause; None if nothing."""
+        raise NotImplementedError
+
+    def multiply(self, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor) -> Tensor:
+        """(M, N) fp32 sums of codes (M, K/2) and (N, K/2) under swizzled block scales; operands are uint8."""
+        raise NotImplementedError
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.activations != "nvfp4":
             return "multiplies NVFP4 by NVFP4 alone (activations='nvfp4')"
         if chip_of(problem.target) is None:
             return "needs FP4 tensor cores (compute capability 10.0, 10.3, 12.0 or 12.1)"
-        if not hasattr(torch.nn.functional, "scaled_mm"):
-            return f"needs a torch that has torch.nn.functional.scaled_mm, which {torch.__version__} has not"
         if problem.hidden % _WHOLE_LOADS or problem.intermediate % _WHOLE_LOADS:
             return f"the vendor's GEMM needs multiples of {_WHOLE_LOADS}"
-        return None
+        return self.missing()
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Nothing: the vendor's library loads its kernels itself."""
@@ -71,14 +60,10 @@ class VendorBackend(Sm100Backend):
         torch.mul(sums, scale * down_global_scale, out=sums)
         out.copy_(sums)
 
-    @staticmethod
     def _product(
-        values: Tensor, call: Call, static: Tensor | None, codes: Tensor, scales: Tensor
+        self, values: Tensor, call: Call, static: Tensor | None, codes: Tensor, scales: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Sums of values, entered into NVFP4, times packed weights; and the scale of the values, () or (T, 1)."""
         q = quantize_activation(values, call.activation_scale, static if call.activation_scale == "static" else None)
         swizzled = swizzle_scales(q.block_scales.view(torch.uint8))
-        return multiply(q.codes, swizzled, codes, scales), q.global_scale
-
-
-BACKEND = VendorBackend("sm100-torch")
+        return self.multiply(q.codes, swizzled, codes, scales), q.global_scale
