@@ -20,6 +20,11 @@ AGAINST_REFERENCE: dict[tuple[str, ...], float] = {
     ("shared_expert", "fp8", "sm90"): 2.0**-4,
     # e2m1: 2^-1.5 apart, and a block scale that flips moves 16 values: 6e-4, a few times.
     ("shared_expert", "nvfp4"): 2.0**-8,
+    # A row of an expert is a shared expert's, and its weight is exact; the errors of a token's rows are as independent
+    # as the rows are, so their sum has the same relative error, and the sum itself adds 2^-24 a slot.
+    ("routed_experts", "bf16"): 2.0**-12,
+    ("routed_experts", "fp8"): 2.0**-10,
+    ("routed_experts", "nvfp4"): 2.0**-8,
 }
 
 # activations -> the layer against exact (fp64) math on the same NVFP4 weights, Gaussian fp32 data, per_token scales:

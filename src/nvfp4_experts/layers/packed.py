@@ -206,8 +206,8 @@ class NoBackward(torch.autograd.Function):
     """The identity, whose backward says that there is none, where torch would warn and leave gradients out."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, what: str) -> Tensor:
-        """y; `what` is named in the error."""
+    def forward(ctx: Any, y: Tensor, what: str, *sources: Tensor) -> Tensor:
+        """y; `what` is named in the error; `sources` are what it was made from, if y itself does not say so."""
         ctx.what = what
         return y.view_as(y)
 
