@@ -25,6 +25,11 @@ AGAINST_REFERENCE: dict[tuple[str, ...], float] = {
     # largest of h it moves too, and block scales, 2^-3.5 apart, cross boundaries once in 2^6: 16 values move by 2^-3,
     # 2^-3 * sqrt(2^-6) = 0.016. Together 0.03, and four times that.
     ("shared_expert", "nvfp4", "sm100-flashinfer"): 2.0**-3,
+    # A row of an expert is a shared expert's, and its weight is exact; the errors of a token's rows are as independent
+    # as the rows are, so their sum has the same relative error, and the sum itself adds 2^-24 a slot.
+    ("routed_experts", "bf16"): 2.0**-12,
+    ("routed_experts", "fp8"): 2.0**-10,
+    ("routed_experts", "nvfp4"): 2.0**-8,
 }
 
 # activations -> the layer against exact (fp64) math on the same NVFP4 weights, Gaussian fp32 data, per_token scales:

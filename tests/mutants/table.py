@@ -208,6 +208,35 @@ MUTANTS = (
         "wanted = BACKENDS",
         "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
     ),
+    # kernels: routed experts
+    Mutant(
+        "routed: every expert has the first one's static scales",
+        "kernels/one_by_one.py",
+        "None if s is None else s[expert]",
+        "None if s is None else s[0]",
+        "tests/kernels/test_routed_experts.py::test_each_expert_has_scales_of_its_own",
+    ),
+    Mutant(
+        "routed: slots are added from the last to the first",
+        "kernels/one_by_one.py",
+        "in rows.unbind(1)",
+        "in reversed(rows.unbind(1))",
+        "tests/kernels/test_routed_experts.py::test_slots_are_added_in_ascending_order",
+    ),
+    Mutant(
+        "routed: an expert that is not here is taken for the nearest",
+        "kernels/one_by_one.py",
+        "torch.where(here, indices, experts)",
+        "indices.clamp(0, experts - 1)",
+        "tests/kernels/test_routed_experts.py::test_what_is_not_here_adds_nothing",
+    ),
+    Mutant(
+        "routed: the contract itself takes the amax of x from one expert's tokens",
+        "kernels/reference.py",
+        "values, scale = enter(x, activations, activation_scale, x_scale)",
+        "values, scale = enter(x * (indices == expert).any(-1, True), activations, activation_scale, x_scale)",
+        "tests/kernels/test_routed_experts.py::test_reference_is_the_definition",
+    ),
     # kernels: the CPU's own
     Mutant(
         "nibbles of a packed row exchanged",
@@ -322,6 +351,20 @@ MUTANTS = (
         "fn(t.reshape(-1).view(torch.uint8)).view(t.dtype).view(t.shape)",
         "fn(t)",
         "tests/layers/test_shared_expert.py::TestState::test_dtype_conversions_leave_the_bytes_alone",
+    ),
+    Mutant(
+        "the bias does not choose",
+        "layers/routing.py",
+        "scores if bias is None else scores + bias",
+        "scores",
+        "tests/layers/test_routing.py::test_against_loops",
+    ),
+    Mutant(
+        "the shared expert's result is rounded before it is added",
+        "layers/moe.py",
+        "self.shared(x.float())",
+        "self.shared(x)",
+        "tests/layers/test_moe.py::test_routed_and_shared_are_added_in_fp32_and_rounded_once",
     ),
     # kernels: configurations of the Hopper GEMM
     Mutant(

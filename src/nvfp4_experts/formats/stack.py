@@ -84,5 +84,9 @@ class Nvfp4Stack:
         """(E, N, K) values; as `Nvfp4Tensor.dequantize`, expert by expert."""
         return torch.stack([self[expert].dequantize(dtype) for expert in range(len(self))])
 
+    def to(self, device: torch.device | str) -> Nvfp4Stack:
+        """The same stack on another device."""
+        return Nvfp4Stack(self.codes.to(device), self.block_scales.to(device), self.global_scale.to(device))
+
     def __repr__(self) -> str:
         return f"Nvfp4Stack(shape={tuple(self.shape)}, device={str(self.device)!r})"

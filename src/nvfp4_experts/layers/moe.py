@@ -73,7 +73,7 @@ class Nvfp4MoE(nn.Module):
             check_out(x, out, or_fp32=True)
         y = self._run(x, token_ids, out)
         wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
-        return NoBackward.apply(y, "mixture of experts") if wants_grad else y
+        return NoBackward.apply(y, "mixture of experts", x) if wants_grad else y
 
     @torch.no_grad()
     def _run(self, x: Tensor, token_ids: Tensor | None, out: Tensor | None) -> Tensor:

@@ -99,7 +99,7 @@ class PackedModule(nn.Module):
         packed = self._kernels(backend).pack(gate, up, down)
         for name in getattr(self, "_packed_names", ()):
             del self._buffers[name]
-        self.backend, self._packed_names = backend, tuple(packed)
+        self.backend, self._packed_names, self._gate_shape = backend, tuple(packed), tuple(gate.shape)
         for name, tensor in packed.items():
             self.register_buffer(name, tensor, persistent=False)
         self._prepare(gate.device)
@@ -180,9 +180,9 @@ class PackedModule(nn.Module):
                 for projection in PROJECTIONS
             )
             check_weights(gate, up, down)
-            size = tuple(self._projections()[0].shape)
-            if tuple(gate.shape) != size:
-                raise LayoutError("gate", f"must be {size}", tuple(gate.shape), "build the layer with that size")
+            if tuple(gate.shape) != self._gate_shape:
+                rule = f"must be {self._gate_shape}"
+                raise LayoutError("gate", rule, tuple(gate.shape), "build the layer with that size")
             scales = {name: self._checked_scale(name, state_dict.get(prefix + name), device) for name in STATIC_SCALES}
         except (FormatError, LayoutError, InputError) as error:
             error_msgs.append(f"{prefix or type(self).__name__}: {error}")
@@ -206,8 +206,8 @@ class NoBackward(torch.autograd.Function):
     """The identity, whose backward says that there is none, where torch would warn and leave gradients out."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, what: str) -> Tensor:
-        """y; `what` is named in the error."""
+    def forward(ctx: Any, y: Tensor, what: str, *sources: Tensor) -> Tensor:
+        """y; `what` is named in the error; `sources` are what it was made from, if y itself does not say so."""
         ctx.what = what
         return y.view_as(y)
 
