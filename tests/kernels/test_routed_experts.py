@@ -355,7 +355,7 @@ def test_stacks_are_checked() -> None:
 def test_a_backend_without_routed_experts_says_so() -> None:
     assert choose_routed_backend("auto", PROBLEM).name == "cpu"
     with pytest.raises(
-        UnsupportedError, match="exact: has no routed experts; .*cpu: can run this; torch: can run this"
+        UnsupportedError, match=r"exact: has no routed experts; .*cpu: can run this; torch: can run this"
     ):
         choose_routed_backend("exact", PROBLEM)
     for name in ("exact", "abacus"):
