@@ -115,7 +115,7 @@ def test_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs["cpu", "cpu"] is None and report["tier"] == native.tier().name
     for tier, known in zip(report["tiers"], loaded.tiers, strict=True):
         assert tier["name"] == known.name
-        assert tier["reason"] == (None if known.present else f"this processor lacks {known.needs}")
+        assert tier["reason"] == (None if known.present else f"this processor does not have all of: {known.needs}")
     text = invoke("inspect", "--machine").stdout
     assert all(word in text for word in ("CPU kernel", "Tiers", "portable", "needs a Hopper GPU"))
 

@@ -79,7 +79,7 @@ def describe_capabilities() -> Capabilities:
         except UnsupportedError as error:
             tier_reason = str(error)
     tiers = [
-        Ability(known.name, None, None if known.present else f"this processor lacks {known.needs}")
+        Ability(known.name, None, None if known.present else f"this processor does not have all of: {known.needs}")
         for known in (() if loaded is None else loaded.tiers)
     ]
     return Capabilities(
