@@ -3,7 +3,7 @@
 
 packed form   that of a shared expert, E times, stacked
 a call        slots grouped by expert (the counts are read on the host: a GPU waits here);
-              rows (T * k, H) fp32, one a slot, each expert writing its own; then a token's rows are added in slot order
+              rows (T * k, H) fp32, one a slot, each expert writing its own; a token's are added in slot order
 """
 
 from __future__ import annotations

@@ -52,9 +52,9 @@ def _shared_expert(
     activation_scale: str,
     backend: str,
 ) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
-    get_backend(backend).shared_expert(x, weights, call, out)
+    out = _like_x(x)
+    scales = input_scale, hidden_scale
+    _shared_expert_out(x, weights, *scales, swiglu_limit, activations, activation_scale, backend, out)
     return out
 
 
@@ -86,9 +86,9 @@ def _routed_experts(
     weighting: str,
     backend: str,
 ) -> Tensor:
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
-    get_routed_backend(backend).routed_experts(x, weights, Routing(indices, topk_weights, weighting), call, out)
+    out = _like_x(x)
+    options = swiglu_limit, activations, activation_scale, weighting, backend
+    _routed_experts_out(x, weights, indices, topk_weights, input_scale, hidden_scale, *options, out)
     return out
 
 
