@@ -63,3 +63,10 @@ def against_reference(activations: str, backend: str, h_values: int, rounded: bo
     if activations == "nvfp4":
         bound = max(bound, 2.0**-7, 2.0**-3 * (32 / h_values) ** 0.5)
     return max(bound, 2.0**-9) if rounded else bound
+
+
+# A layer over ranks against the whole layer, both on the backend `cpu` in fp32, where the same operands enter. Shards:
+# sums over I are taken apart, sqrt(I) * 2^-24 = 1e-6 for the I of the tests, and four times that. Shares (k = 6): five
+# additions of rows in another order, each off by 2^-24 of a partial sum on both sides, all the same way; the sizes of
+# six independent rows add up to sqrt(6) of their sum's: 2 * 5 * 2.45 * 2^-24 = 2^-19.4.
+OVER_RANKS = {"shards": 2.0**-18, "shares": 2.0**-19}

@@ -107,6 +107,14 @@ class TestForward:
         assert expert(x, out=out) is out
         assert torch.equal(out, expert(x))
 
+    @pytest.mark.parametrize("backend", ["cpu", "torch", "exact"])
+    def test_out_in_fp32_is_the_sum_before_it_is_rounded(self, backend: str) -> None:
+        expert = make(activations="nvfp4", activation_scale="per_token", backend=backend)
+        for dtype in (torch.bfloat16, torch.float16):
+            x, out = torch.randn(6, H).to(dtype), torch.empty(6, H)
+            assert expert(x, out=out) is out
+            assert torch.equal(out, expert(x.float())) and torch.equal(out.to(dtype), expert(x))
+
     @pytest.mark.parametrize(("x", "out"), OVERLAPPING, ids=str)
     def test_out_that_overlaps_x_is_refused(self, x: View, out: View) -> None:
         expert, memory = make(), torch.randn(8 * H)

@@ -119,7 +119,7 @@ class Backend(Protocol):
         """Bytes that calls on a device keep beside weights, shared by all layers there."""
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H) of the same dtype."""
+        """Write the layer's result for contiguous x (T, H), T > 0, into out (T, H), of the dtype of x or fp32."""
 
 
 class RoutedBackend(Protocol):

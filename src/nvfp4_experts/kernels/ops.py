@@ -2,8 +2,8 @@
 """The only door from layers to kernels: torch.library ops, opaque to torch.compile, with fake kernels.
 
     shared_expert(x, weights, ...) -> y          a tensor of the caller's own
-    shared_expert_out(x, weights, ..., out)      the same into the caller's tensor
-    routed_experts, routed_experts_out           the same with indices and weights of each token; out may be fp32
+    shared_expert_out(x, weights, ..., out)      the same into the caller's tensor, which may be fp32
+    routed_experts, routed_experts_out           the same with indices and weights of each token
     hidden_states(x, gate, up, limit) -> h       the layer's first half, for calibration; an ordinary function
 
 `weights` are what the named backend's `pack` made, in its order; `reference.py` says what is computed.
@@ -114,7 +114,7 @@ def _like_x(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# x (T, H) to y (T, H), dtype of x; or to `out`, which must not overlap x.
+# x (T, H) to y (T, H), dtype of x; or to `out`, of that dtype or fp32, which must not overlap x.
 shared_expert = _register("shared_expert", _shared_expert, _like_x)
 shared_expert_out = _register("shared_expert_out", _shared_expert_out, lambda *_: None, writes="out")
 routed_experts = _register("routed_experts", _routed_experts, _like_x)

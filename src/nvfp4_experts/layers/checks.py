@@ -100,12 +100,35 @@ def check_hidden_states(x: Tensor, hidden_size: int, max_tokens: int | None, dev
         raise InputError("x", f"must have at most max_tokens={max_tokens} rows", tokens, way_out)
 
 
-def check_out(x: Tensor, out: Tensor, or_fp32: bool = False) -> None:
-    """out of a call: contiguous, as x (or, if allowed, in fp32), and outside the memory that x spans."""
-    dtypes = (x.dtype, torch.float32) if or_fp32 else (x.dtype,)
-    if out.shape != x.shape or out.dtype not in dtypes or out.device != x.device or not out.is_contiguous():
+def check_routing(x: Tensor, indices: Tensor, weights: Tensor, top_k: int, device: torch.device) -> None:
+    """topk_indices and topk_weights of a call: (..., k) for x (..., H), k at most top_k, on the device of the layer."""
+    for name, tensor, dtypes in (
+        ("topk_indices", indices, (torch.int32, torch.int64)),
+        ("topk_weights", weights, DTYPES),
+    ):
+        if tensor.shape[:-1] != x.shape[:-1] or tensor.ndim != x.ndim or not 1 <= tensor.shape[-1] <= top_k:
+            expected = f"must be {(*x.shape[:-1], 'k')}, 1 <= k <= top_k={top_k}"
+            way_out = "give one row per token, or build the layer with a larger top_k"
+            raise InputError(name, expected, tuple(tensor.shape), way_out)
+        if tensor.dtype not in dtypes:
+            raise InputError(name, f"must be one of {dtypes}", tensor.dtype, "cast it")
+        if tensor.device != device:
+            raise InputError(name, f"must be on {device}", tensor.device, "move it with .to()")
+    if indices.shape != weights.shape:
+        got = f"{tuple(indices.shape)} and {tuple(weights.shape)}"
+        raise InputError("topk_indices and topk_weights", "must have one shape", got, "give one weight an index")
+
+
+def check_out(x: Tensor, out: Tensor) -> None:
+    """out of a call: contiguous, as x or in fp32, and outside the memory that x spans."""
+    if (
+        out.shape != x.shape
+        or out.dtype not in (x.dtype, torch.float32)
+        or out.device != x.device
+        or not out.is_contiguous()
+    ):
         got = f"{tuple(out.shape)} {out.dtype} on {out.device}, strides {out.stride()}"
-        rule = f"must be contiguous, with shape, dtype{' (or fp32)' if or_fp32 else ''} and device of x"
+        rule = "must be contiguous, with shape, dtype (or fp32) and device of x"
         raise InputError("out", rule, got, "use empty_like")
     if not torch.compiler.is_compiling() and _overlap(x, out):
         raise InputError("out", "must not overlap x", "memory that x spans", "use empty_like")

@@ -32,9 +32,8 @@ class Nvfp4MoE(nn.Module):
         InputError: the router chooses more experts than `routed` takes.
 
     Numerics: the routed sum and the shared expert's result are fp32, added in this order and rounded once.
-        x enters the shared expert as fp32, which is the same values.
 
-    Cost: that of its parts, and (with a shared expert) an fp32 copy of x and two fp32 results. Inference only.
+    Cost: that of its parts, and (with a shared expert) two fp32 results. Inference only.
     """
 
     def __init__(self, router: nn.Module, routed: Nvfp4RoutedExperts, shared: Nvfp4SharedExpert | None = None) -> None:
@@ -70,7 +69,7 @@ class Nvfp4MoE(nn.Module):
             InputError, CalibrationError: as its parts.
         """
         if out is not None:
-            check_out(x, out, or_fp32=True)
+            check_out(x, out)
         y = self._run(x, token_ids, out)
         wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
         return NoBackward.apply(y, "mixture of experts", x) if wants_grad else y
@@ -81,5 +80,5 @@ class Nvfp4MoE(nn.Module):
         if self.shared is None:
             return self.routed(x, indices, weights, out)
         total = self.routed(x, indices, weights, torch.empty(x.shape, device=x.device))
-        total += self.shared(x.float())
+        total += self.shared(x, torch.empty_like(total))
         return total.to(x.dtype) if out is None else out.copy_(total)

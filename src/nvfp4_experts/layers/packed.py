@@ -62,9 +62,7 @@ class PackedModule(nn.Module):
         Raises:
             InputError, UnsupportedError: as the class.
         """
-        other = copy.copy(self)
-        # Hooks, buffers and what else nn.Module keeps in dictionaries become the new module's own.
-        other.__dict__.update({name: copy.copy(v) for name, v in vars(self).items() if isinstance(v, dict)})
+        other = self._twin()
         device = self._weights()[0].device
         other._set_activations(activations, activation_scale or self.activation_scale, device)
         if other._choose(device) != self.backend:
@@ -84,6 +82,12 @@ class PackedModule(nn.Module):
         return self._kernels(self.backend).scratch_bytes(self._weights()[0].device)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _twin(self: _Self) -> _Self:
+        """A copy on the same weights; hooks, buffers and what else nn.Module keeps in dictionaries are its own."""
+        other = copy.copy(self)
+        other.__dict__.update({name: copy.copy(v) for name, v in vars(self).items() if isinstance(v, dict)})
+        return other
 
     def _set_options(self, swiglu_limit: float | None, max_tokens: int, backend: str) -> None:
         self.swiglu_limit = checked_limit(swiglu_limit)

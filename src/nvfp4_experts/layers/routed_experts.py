@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, InputError
+from ..errors import FormatError
 from ..formats.nvfp4 import Nvfp4Tensor, joint_amax, quantize
 from ..formats.stack import Nvfp4Stack
 from ..kernels import ops
 from ..kernels.dispatch import WEIGHTINGS, Problem, choose_routed_backend, get_routed_backend
 from ..kernels.target import target_of
 from .checks import (
-    DTYPES,
     check_hidden_states,
     check_out,
+    check_routing,
     check_weights,
     checked_choice,
     checked_count,
@@ -161,6 +161,18 @@ class Nvfp4RoutedExperts(PackedModule):
         ops.routed_experts_out(*arguments, out.view(-1, self.hidden_size))
         return out
 
+    def with_capacity(self, max_tokens: int, top_k: int) -> Nvfp4RoutedExperts:
+        """The same module for calls of up to so many tokens and slots; the two share the weights' memory.
+
+        Raises:
+            InputError: a number below 1.
+        """
+        other = self._twin()
+        other.max_tokens = checked_count("max_tokens", max_tokens, "give the largest batch you will send")
+        other.top_k = checked_count("top_k", top_k, "give the most experts that a token has")
+        other._prepare(self._weights()[0].device)
+        return other
+
     @property
     def gate(self) -> Nvfp4Stack:
         """The gate projections, (E, I, H)."""
@@ -201,23 +213,9 @@ class Nvfp4RoutedExperts(PackedModule):
     def _check_call(self, x: Tensor, indices: Tensor, weights: Tensor, out: Tensor | None) -> None:
         device = self._weights()[0].device
         check_hidden_states(x, self.hidden_size, self.max_tokens, device)
-        for name, tensor, dtypes in (
-            ("topk_indices", indices, (torch.int32, torch.int64)),
-            ("topk_weights", weights, DTYPES),
-        ):
-            if tensor.shape[:-1] != x.shape[:-1] or tensor.ndim != x.ndim or not 1 <= tensor.shape[-1] <= self.top_k:
-                expected = f"must be {(*x.shape[:-1], 'k')}, 1 <= k <= top_k={self.top_k}"
-                way_out = "give one row per token, or build the layer with a larger top_k"
-                raise InputError(name, expected, tuple(tensor.shape), way_out)
-            if tensor.dtype not in dtypes:
-                raise InputError(name, f"must be one of {dtypes}", tensor.dtype, "cast it")
-            if tensor.device != device:
-                raise InputError(name, f"must be on {device}", tensor.device, "move it with .to()")
-        if indices.shape != weights.shape:
-            got = f"{tuple(indices.shape)} and {tuple(weights.shape)}"
-            raise InputError("topk_indices and topk_weights", "must have one shape", got, "give one weight an index")
+        check_routing(x, indices, weights, self.top_k, device)
         if out is not None:
-            check_out(x, out, or_fp32=True)
+            check_out(x, out)
         self._check_static_scales(
             "load or pass input_scale and hidden_scale, one for each expert, or choose "
             'activation_scale="dynamic" or "per_token"'

@@ -115,8 +115,8 @@ class Nvfp4SharedExpert(PackedModule):
 
         Args:
             x: (..., H) bf16, fp16 or fp32 on the device of the weights, any strides, at most max_tokens rows.
-            out: where to write: contiguous, shape, dtype and device of x, outside the memory from x's first element to
-                its last (not checked in compiled code); None allocates.
+            out: where to write: contiguous, shape and device of x, dtype of x or fp32 (the sum, not rounded), outside
+                the memory from x's first element to its last (not checked in compiled code); None allocates.
 
         Returns:
             (..., H) in the dtype of x, the caller's own: no later call changes it.

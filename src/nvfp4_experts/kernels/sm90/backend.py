@@ -113,7 +113,7 @@ class Sm90Backend:
             elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):
                 gemm.shared_expert(x, weights, call, size, out)
             else:
-                decode(x, weights, call, size, out)
+                decode(x.to(out.dtype), weights, call, size, out)  # one dtype for both; in fp32 x is the same values
 
 
 def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert layers over the ranks of a process group, one process and one device each, and whole models so.
+
+    plan        tokens                    a rank holds                              what travels
+    "tp"        the same on every rank    a shard of every expert                   sums
+    "ep"        the same on every rank    a share of the routed experts, a shard    sums
+                                          of the shared one
+    "dispatch"  each rank's own           a share of the routed experts, the        rows to their experts, and back
+                                          whole shared one
+
+Shards and shares: shards.py. Sums: `SummedOverRanks`, here. Rows: dispatched.py. docs/parallel.md has what the plans
+cost and what is bit for bit equal to what.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..errors import InputError, LayoutError
+from .checks import check_hidden_states, check_out, check_routing, checked_choice, checked_count
+from .collectives import agree, checked_group, padded, sum_in_rank_order
+from .dispatched import DispatchedOverRanks
+from .moe import Nvfp4MoE
+from .packed import NoBackward
+from .routed_experts import Nvfp4RoutedExperts
+from .shards import experts_of, facts_of, shard_of, share_of
+from .shared_expert import Nvfp4SharedExpert
+
+PLANS = ("tp", "ep", "dispatch")
+CHUNK_TOKENS = 1024
+
+_Layer = Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE
+
+
+class SummedOverRanks(nn.Module):
+    """Parts of a layer, one a rank, on the same tokens; every rank gets the whole result, in the same bits.
+
+        part = routed(x, topk_indices - first_expert, topk_weights) + shared(x)    fp32; what a rank has not gives 0
+        y    = ((part of rank 0 + part of rank 1) + ...)                           fp32, rounded once to the dtype of x
+
+    Building it is a collective, and so is a call: every rank of the group makes it, with the same arguments.
+
+    Args:
+        group: a process group, a mesh of one dimension, or None for the default group.
+        shared: this rank's shard of a shared expert, or None.
+        routed: this rank's shard or share of routed experts, or None.
+        router: as of `Nvfp4MoE`; or None, and the caller gives indices and weights. The same on every rank.
+        first_expert: what the first expert of `routed` is called in the indices.
+        chunk_tokens: of twice as many tokens or more, so many are computed at a time, while the parts of those before
+            them travel. Not with activation_scale="dynamic", whose scale is the batch's.
+
+    Raises:
+        InputError: no group, no part on any rank, or chunk_tokens below 1.
+        LayoutError: ranks whose layers differ in more than their part.
+
+    Numerics: the same bits on every rank and with every backend of torch.distributed. Against the layer in one piece:
+        with bf16 activations and static scales the same operands enter every GEMM, and the order of fp32 sums differs.
+        Where a scale is measured on h (dynamic, per_token, fp8) a shard measures its own channels: the layer is then
+        the sum of the shards, each an expert in its own right. Shares measure what the whole does.
+
+    Cost: that of the part, and what `sum_in_rank_order` says of (T, H) values. Inference only.
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None = None,
+        *,
+        shared: Nvfp4SharedExpert | None = None,
+        routed: Nvfp4RoutedExperts | None = None,
+        router: nn.Module | None = None,
+        first_expert: int = 0,
+        chunk_tokens: int = CHUNK_TOKENS,
+    ) -> None:
+        super().__init__()
+        self.group, self.rank, self.ranks = checked_group(group)
+        self.shared, self.routed, self.router, self.first_expert = shared, routed, router, first_expert
+        self.chunk_tokens = checked_count("chunk_tokens", chunk_tokens, "give the tokens of a chunk")
+        said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed)})
+        facts = [fact for rank in said for fact in rank.values() if fact is not None]
+        if not facts:
+            raise InputError("shared and routed", "must be there on some rank", "none", "give each rank its part")
+        sizes = {fact["hidden_size"] for fact in facts}
+        if len(sizes) > 1:
+            raise LayoutError("parts", "must have one hidden size", sizes, "build them from one layer's weights")
+        self.hidden_size, self.max_tokens = sizes.pop(), min(fact["max_tokens"] for fact in facts)
+        routed_facts = next((rank["routed"] for rank in said if rank["routed"] is not None), None)
+        self._top_k = 0 if routed_facts is None else routed_facts["top_k"]  # 0: no rank has routed experts
+        self._whole_batch = any(
+            (fact["activations"], fact["activation_scale"]) == ("nvfp4", "dynamic") for fact in facts
+        )
+
+    def forward(self, x: Tensor, *inputs: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """Run this rank's part and add up all ranks'.
+
+        Args:
+            x: (..., H) bf16, fp16 or fp32, at most max_tokens rows.
+            inputs: what the layer in whose place this stands takes behind x: nothing; topk_indices and topk_weights; or
+                with a router token_ids, if it wants them.
+            out: as for `Nvfp4SharedExpert`.
+
+        Returns:
+            (..., H) in the dtype of x, or `out`.
+
+        Raises:
+            InputError, CalibrationError: as the layer; on this rank, while the others wait for it.
+        """
+        check_hidden_states(x, self.hidden_size, self.max_tokens, x.device)
+        if out is not None:
+            check_out(x, out)
+        if self.router is None:
+            self._check_routing(x, inputs)
+        y = self._run(x, inputs, torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out)
+        wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
+        return NoBackward.apply(y, "layer over ranks", x) if wants_grad else y
+
+    def _check_routing(self, x: Tensor, inputs: tuple[Tensor | None, ...]) -> None:
+        names = ("topk_indices", "topk_weights") if self._top_k else ()
+        given = [t for t in inputs if t is not None]
+        if len(given) != len(names):
+            got = f"{len(given)} of them"
+            raise InputError("arguments behind x", f"must be {names}", got, "call it as the layer that it replaces")
+        if given:
+            check_routing(x, *given, self._top_k, x.device)
+
+    @torch.no_grad()
+    def _run(self, x: Tensor, inputs: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
+        if x.numel() == 0:
+            return y
+        if self.router is not None:  # of the whole batch: which experts are chosen must not hang on chunks
+            inputs = self.router(x, *inputs)
+        rows, sums = x.reshape(-1, self.hidden_size), y.view(-1, self.hidden_size)
+        others = [t.reshape(-1, t.shape[-1]) for t in inputs if t is not None]
+        under_way: deque[Iterator[None]] = deque()
+        for chunk in self._chunks(len(rows)):
+            under_way.append(self._start(rows[chunk], [t[chunk] for t in others], sums[chunk]))
+            under_way = _advance(under_way)
+        while under_way:
+            under_way = _advance(under_way)
+        return y
+
+    def _chunks(self, tokens: int) -> list[slice]:
+        step = tokens if self._whole_batch or tokens < 2 * self.chunk_tokens else self.chunk_tokens
+        return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
+
+    def _start(self, x: Tensor, inputs: list[Tensor], y: Tensor) -> Iterator[None]:
+        """This rank's part of a chunk, computed when the first step is taken; then the steps of its sum."""
+        if self.ranks == 1:
+            part = torch.empty(x.shape, device=x.device)
+            y.copy_(self._part(x, inputs, part))
+            return
+        flat = torch.empty(padded(x.numel(), self.ranks), device=x.device)
+        self._part(x, inputs, flat[: x.numel()].view(x.shape))
+        yield from sum_in_rank_order(flat, y, self.group)
+
+    def _part(self, x: Tensor, inputs: list[Tensor], out: Tensor) -> Tensor:
+        if self.routed is not None:
+            indices, weights = inputs
+            self.routed(x, indices - self.first_expert, weights, out)
+            if self.shared is not None:
+                out += self.shared(x, torch.empty_like(out))
+            return out
+        return out.zero_() if self.shared is None else self.shared(x, out)
+
+    def extra_repr(self) -> str:
+        first = f", first_expert={self.first_expert}" if self.routed is not None else ""
+        return f"rank={self.rank} of {self.ranks}{first}, chunk_tokens={self.chunk_tokens}"
+
+
+def _advance(under_way: deque[Iterator[None]]) -> deque[Iterator[None]]:
+    """Take the next step of each, the newest first, so that its part travels early; those that are left."""
+    steps = [(running, next(running, _DONE)) for running in reversed(under_way)]
+    return deque(running for running, step in reversed(steps) if step is not _DONE)
+
+
+_DONE: Any = object()
+
+
+def parallelize(
+    model: nn.Module,
+    group: ProcessGroup | DeviceMesh | None = None,
+    plan: str = "tp",
+    *,
+    combine: str = "slots",
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> nn.Module:
+    """Exchange every NVFP4 expert layer of a model for this rank's part of it.
+
+    What is looked for: `Nvfp4MoE`, and outside of it `Nvfp4SharedExpert` and `Nvfp4RoutedExperts`; any model that holds
+    such modules will do. A collective: every rank of the group calls it on the same model.
+
+    Args:
+        model: the same weights on every rank; changed in place. It may itself be such a layer.
+        group: as for `SummedOverRanks`.
+        plan: one of PLANS; see the module docstring. "dispatch" leaves shared experts whole.
+        combine: of "dispatch"; see `DispatchedOverRanks`.
+        chunk_tokens: of the others; see `SummedOverRanks`.
+
+    Returns:
+        The model, or what stands in its place if it is such a layer itself.
+
+    Raises:
+        InputError: an option outside its range, no group, or nothing to exchange.
+        LayoutError: ranks whose layers differ.
+
+    Cost: one layer at a time is unpacked and its part packed. To load no more than a rank owns, load what `experts_of`
+        and `channels_of` say and build `SummedOverRanks` or `DispatchedOverRanks` around it.
+    """
+    checked_choice("plan", plan, PLANS)
+    group, rank, ranks = checked_group(group)
+    found = _layers(model)
+    if plan == "dispatch":
+        found = {name: layer for name, layer in found.items() if not isinstance(layer, Nvfp4SharedExpert)}
+    if not found:
+        way_out = "swap or build the model's experts first"
+        raise InputError("model", f"must have NVFP4 experts that plan {plan!r} is for", "none", way_out)
+    for name, layer in found.items():
+        if plan == "dispatch":
+            part = _dispatched(layer, group, rank, ranks, combine)
+        else:
+            part = _summed(layer, group, rank, ranks, plan, chunk_tokens)
+        if not name:
+            return part
+        model.set_submodule(name, part)
+    return model
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> expert layer, those inside another left out."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, _Layer) and not inside:
+            found[name] = module
+    return found
+
+
+def _summed(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str, chunk_tokens: int) -> nn.Module:
+    parts: dict[str, Any] = {"routed": layer} if isinstance(layer, Nvfp4RoutedExperts) else {"shared": layer}
+    if isinstance(layer, Nvfp4MoE):
+        parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
+    if parts.get("shared") is not None:
+        parts["shared"] = shard_of(parts["shared"], rank, ranks)
+    whole = parts.get("routed")
+    if whole is not None and plan == "ep":
+        parts["routed"] = share_of(whole, rank, ranks)
+        parts["first_expert"] = experts_of(rank, ranks, whole.num_experts).start
+    elif whole is not None:
+        parts["routed"] = shard_of(whole, rank, ranks)
+    return SummedOverRanks(group, **parts, chunk_tokens=chunk_tokens)
+
+
+def _dispatched(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, combine: str) -> nn.Module:
+    whole = layer.routed if isinstance(layer, Nvfp4MoE) else layer
+    assert isinstance(whole, Nvfp4RoutedExperts), "left out by the caller"
+    routed = DispatchedOverRanks(share_of(whole, rank, ranks), group, combine=combine)
+    if not isinstance(layer, Nvfp4MoE):
+        return routed
+    layer.routed = routed  # type: ignore[assignment]
+    return layer
