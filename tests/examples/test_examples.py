@@ -4,17 +4,34 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.tolerances import OVER_RANKS
+
 
 def run(root: Path, *arguments: str) -> str:
     done = subprocess.run([sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_a_model_over_two_processes(root: Path) -> None:
+    """torchrun, transformers, and a plan that has both shares (routed experts) and shards (the shared one)."""
+    pytest.importorskip("transformers")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    lines = [line for line in run(root, *torchrun, "-m", "examples.parallel", "--plan", "ep").splitlines() if line]
+    found = [
+        re.fullmatch(r"rank (\d): (\S+) of the bytes, logits (\S+) apart, alike on all ranks: True", x) for x in lines
+    ]
+    assert all(found) and sorted(match[1] for match in found) == ["0", "1"], lines
+    for match in found:
+        assert float(match[2]) == pytest.approx(0.5, abs=0.01)
+        assert 0 < float(match[3]) <= OVER_RANKS["logits"]
 
 
 def test_quickstart(root: Path) -> None:

@@ -116,6 +116,16 @@ def test_capture_once_replay_for_any_content(mode: tuple[str, str]) -> None:
         assert torch.equal(replayed, expert(x))
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("tokens", [4, 64])
+def test_out_in_fp32_is_the_sum_before_it_is_rounded(mode: tuple[str, str], tokens: int) -> None:
+    expert = make((256, 256), mode, "auto")
+    x, out = torch.randn(tokens, 256, device="cuda").bfloat16(), torch.empty(tokens, 256, device="cuda")
+    y = expert(x)
+    assert expert(x, out=out) is out
+    assert torch.equal(out, expert(x.float())) and (out - y.float()).norm() <= 2.0**-8 * out.norm()
+
+
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_memory_is_the_packed_weights_and_scratch_that_layers_share(activations: str) -> None:
     values = 3 * 4096 * 2048

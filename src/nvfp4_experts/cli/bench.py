@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..errors import InputError
 from . import render
+from .bench_ranks import bench_over_ranks
 from .exactness import percent
 from .files import check_outputs, whole_file
 from .options import ActivationScale, Backend, Force, numbers, words
@@ -42,6 +44,13 @@ def command(
         str | None, typer.Option(help="Torch device.", show_default="cuda where there is one, else cpu")
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time for samples; building and checking come on top.")] = 30.0,
+    ranks: Annotated[
+        int | None,
+        typer.Option(
+            help="Instead: shared and routed experts over so many processes (a GPU each, or on the CPU) next to one.",
+            show_default=False,
+        ),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"Tokens {_QUICK_TOKENS} and {_QUICK_SECONDS:g} seconds.")
     ] = False,
@@ -67,6 +76,24 @@ def command(
     check_outputs({"--json": json_file, "--csv": csv_file, "--report": report_file, "--picture": picture}, force)
     if quick:
         tokens, seconds = tokens or _QUICK_TOKENS, _QUICK_SECONDS
+
+    if ranks is not None:
+        others = {"--csv": csv_file, "--report": report_file, "--picture": picture}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise InputError("--ranks", "is measured without other files", given, "use --json")
+        bench_over_ranks(
+            shape,
+            ranks,
+            json_file,
+            activations=words(activations),
+            activation_scale=activation_scale,
+            backend=backend,
+            tokens=numbers(tokens) if tokens is not None else None,
+            device=device,
+            seconds=seconds,
+            command=" ".join(["nvfp4-experts", *sys.argv[1:]]),
+        )
+        return
 
     from ..diagnostics.bench.exact import measure_exactness, report_to_dict
     from ..diagnostics.bench.measure import PEERS, bench, checked_device, our_candidates

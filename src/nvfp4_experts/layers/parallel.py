@@ -127,7 +127,7 @@ class SummedOverRanks(nn.Module):
             got = f"{len(given)} of them"
             raise InputError("arguments behind x", f"must be {names}", got, "call it as the layer that it replaces")
         if given:
-            check_routing(x, *given, self._top_k, x.device)
+            check_routing(x, given[0], given[1], self._top_k, x.device)
 
     @torch.no_grad()
     def _run(self, x: Tensor, inputs: tuple[Tensor | None, ...], y: Tensor) -> Tensor:
