@@ -69,6 +69,6 @@ def against_reference(activations: str, backend: str, h_values: int, rounded: bo
 # sums over I are taken apart, sqrt(I) * 2^-24 = 1e-6 for the I of the tests, and four times that. Shares (k = 6): five
 # additions of rows in another order, each off by 2^-24 of a partial sum on both sides, all the same way; the sizes of
 # six independent rows add up to sqrt(6) of their sum's: 2 * 5 * 2.45 * 2^-24 = 2^-19.4.
-# Logits of a bf16 model: a sum that differs in its last bits is rounded apart now and then, and what follows rounds anew:
-# at most all of its 40 or so roundings, 0.0016 each, on both sides: 0.0016 * sqrt(2 * 40) = 0.014.
+# Logits of a bf16 model: a sum that differs in its last bits is rounded apart now and then, and what follows rounds
+# anew: at most all of its 40 or so roundings, 0.0016 each, on both sides: 0.0016 * sqrt(2 * 40) = 0.014.
 OVER_RANKS = {"shards": 2.0**-18, "shares": 2.0**-19, "logits": 2.0**-6}

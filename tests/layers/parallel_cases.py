@@ -210,7 +210,7 @@ def shares_of_routed_experts_add_up(world: World) -> None:
             for ranks, group in world.each_group(2, 4):
                 first = experts_of(world.rank, ranks, experts).start
                 layer = SummedOverRanks(group, routed=share_of(whole, world.rank, ranks), first_expert=first)
-                got = layer(x, indices, weights)
+                got = layer(x, topk_weights=weights, topk_indices=indices)
                 if top_k == 2:  # a + b = b + a
                     same(world, got, want, (mode, ranks))
                 near(world, got, want, OVER_RANKS["shares"], (mode, ranks))
@@ -376,6 +376,7 @@ def bad_calls_are_errors_before_anything_travels(world: World) -> None:
             (lambda: summed(x, indices, weights), "arguments behind x"),
             (lambda: summed(x, out=torch.empty(2, H)), "out"),
             (lambda: routed(x), "arguments behind x"),
+            (lambda: routed(x, indices, topk_weight=weights), "arguments behind x.*topk_weight"),
             (lambda: routed(x, indices, weights[:2]), "topk_weights"),
             (lambda: routed(draw(0, 65, H), *(t[:1].expand(65, K) for t in (indices, weights))), "max_tokens=64"),
             (lambda: dispatched(x, indices.float(), weights), "topk_indices"),
@@ -391,6 +392,9 @@ def bad_calls_are_errors_before_anything_travels(world: World) -> None:
         for layer, arguments in ((summed, ()), (dispatched, (indices, weights))):
             with pytest.raises(UnsupportedError, match="is for inference"):
                 layer(x.clone().requires_grad_(), *arguments).sum().backward()
+        for layer in (routed, dispatched):
+            with pytest.raises(UnsupportedError, match="is for inference"):
+                layer(x, indices, weights.clone().requires_grad_()).sum().backward()
 
 
 CASES = {

@@ -29,6 +29,21 @@ class Mutant:
 
 
 MUTANTS = (
+    # layers over ranks
+    Mutant(
+        "parts of ranks overlap where they are uneven",
+        "layers/shards.py",
+        "first = rank * size + min(rank, longer)",
+        "first = rank * size",
+        "tests/layers/test_parallel.py::test_parts_are_even_whole_and_in_order",
+    ),
+    Mutant(
+        "dynamic scales by the tokens of one rank",
+        "layers/dispatched.py",
+        "return gather(mine, self.group).amax()",
+        "return mine[0]",
+        "tests/layers/test_parallel.py::test_over_ranks[dispatched_slots_are_the_whole_layer_bit_for_bit]",
+    ),
     # formats: codes
     Mutant(
         "nibbles packed the other way round",

@@ -35,6 +35,7 @@ from .shared_expert import Nvfp4SharedExpert
 
 PLANS = ("tp", "ep", "dispatch")
 CHUNK_TOKENS = 1024
+_INPUTS = ("topk_indices", "topk_weights", "token_ids")
 
 _Layer = Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE
 
@@ -96,13 +97,13 @@ class SummedOverRanks(nn.Module):
             (fact["activations"], fact["activation_scale"]) == ("nvfp4", "dynamic") for fact in facts
         )
 
-    def forward(self, x: Tensor, *inputs: Tensor | None, out: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, *inputs: Tensor | None, out: Tensor | None = None, **named: Tensor | None) -> Tensor:
         """Run this rank's part and add up all ranks'.
 
         Args:
             x: (..., H) bf16, fp16 or fp32, at most max_tokens rows.
-            inputs: what the layer in whose place this stands takes behind x: nothing; topk_indices and topk_weights; or
-                with a router token_ids, if it wants them.
+            inputs, named: what the layer in whose place this stands takes behind x, by place or by name: nothing;
+                topk_indices and topk_weights; or with a router token_ids, if it wants them.
             out: as for `Nvfp4SharedExpert`.
 
         Returns:
@@ -114,17 +115,19 @@ class SummedOverRanks(nn.Module):
         check_hidden_states(x, self.hidden_size, self.max_tokens, x.device)
         if out is not None:
             check_out(x, out)
-        if self.router is None:
-            self._check_routing(x, inputs)
+        inputs += tuple(named.pop(name) for name in _INPUTS if name in named)
+        if named or self.router is None:
+            self._check_routing(x, inputs, list(named))
         y = self._run(x, inputs, torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out)
-        wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
-        return NoBackward.apply(y, "layer over ranks", x) if wants_grad else y
+        sources = [t for t in (x, *inputs) if t is not None and t.requires_grad]
+        wants_grad = out is None and sources and torch.is_grad_enabled()
+        return NoBackward.apply(y, "layer over ranks", *sources) if wants_grad else y
 
-    def _check_routing(self, x: Tensor, inputs: tuple[Tensor | None, ...]) -> None:
-        names = ("topk_indices", "topk_weights") if self._top_k else ()
+    def _check_routing(self, x: Tensor, inputs: tuple[Tensor | None, ...], unknown: list[str]) -> None:
+        names = _INPUTS[:2] if self._top_k else ()
         given = [t for t in inputs if t is not None]
-        if len(given) != len(names):
-            got = f"{len(given)} of them"
+        if unknown or len(given) != len(names):
+            got = f"{len(given)} of them{''.join(f', {name}' for name in unknown)}"
             raise InputError("arguments behind x", f"must be {names}", got, "call it as the layer that it replaces")
         if given:
             check_routing(x, given[0], given[1], self._top_k, x.device)
