@@ -42,7 +42,7 @@ _MODULES_BY_NAME = {
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
-_ROUTED = {"cpu": "cpu.routed", "torch": "torch_backend"}
+_ROUTED = {"sm90": "sm90.routed", "cpu": "cpu.routed", "torch": "torch_backend"}
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,13 @@ class Routing:
         indices: (T, k) int32 or int64, contiguous; outside [0, E): not here.
         weights: (T, k) fp32, contiguous.
         weighting: one of WEIGHTINGS: whether weights multiply h (fp32, before it enters) or what down makes of it.
+        addend: (T, H) fp32, added to a token's sum after its slots, as a shared expert's result is; or None.
     """
 
     indices: Tensor
     weights: Tensor
     weighting: str
+    addend: Tensor | None = None
 
 
 class Backend(Protocol):

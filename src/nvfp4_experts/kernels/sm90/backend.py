@@ -31,11 +31,11 @@ from ..target import target_of
 from . import fp8, gemm
 from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
-from .mailbox import all_bytes, mailbox_bytes, mailboxes
+from .mailbox import all_bytes, decode_box, mailbox_bytes, mailboxes
 
 STAGES = 6
-_THREADS = 640
-_STAGE_BYTES, _PARTIAL_BYTES, _SMALL_BYTES = 9216, 16384, 1024
+THREADS = 640
+STAGE_BYTES, PARTIAL_BYTES, SMALL_BYTES = 9216, 16384, 1024
 _MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}
 _ELEMENT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -90,7 +90,7 @@ class Sm90Backend:
                 gemm.prepare(problem, device, max_tokens)
                 layouts = [list(gemm.scratch(mode, *sizes, max_tokens, torch.bfloat16).values()) for mode in modes]
                 reserve(device, max(bytes_of(parts) for parts in layouts))
-                mailboxes(device, *sizes).current()
+                mailboxes(device, decode_box(*sizes)).current()
         torch.cuda.synchronize(device)
 
     def scratch_bytes(self, device: torch.device) -> int:
@@ -126,7 +126,7 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
     # this launch start to arrive while the kernel before it ends.
     config = LaunchConfig(
         grid=_blocks(size, x.device),
-        block=_THREADS,
+        block=THREADS,
         shmem_size=_shared_bytes(x.shape[1], x.dtype),
         is_cooperative=True,
         programmatic_stream_serialization=True,
@@ -141,14 +141,14 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
         0 if call.input_scale is None else call.input_scale.data_ptr(),
         0 if call.hidden_scale is None else call.hidden_scale.data_ptr(),
         np.float32(call.clamp),
-        mailboxes(x.device, x.shape[1], size).current().data_ptr(),
+        mailboxes(x.device, decode_box(x.shape[1], size)).current().data_ptr(),
         out.data_ptr(),
     )
 
 
 def _shared_bytes(hidden: int, dtype: torch.dtype) -> int:
     """Of decode.cu's Shared: the ring, partial sums of two tiles, x of a lone token, and the small rest."""
-    return STAGES * _STAGE_BYTES + _PARTIAL_BYTES + hidden * dtype.itemsize + _SMALL_BYTES
+    return STAGES * STAGE_BYTES + PARTIAL_BYTES + hidden * dtype.itemsize + SMALL_BYTES
 
 
 @functools.cache
@@ -181,7 +181,10 @@ def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype
 def _decode_macros(hidden: int, intermediate: int, mode: str, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
     sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
     kinds = (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]))
-    room = ("SHARED_BYTES", _shared_bytes(hidden, dtype)), ("MAILBOX_BYTES", mailbox_bytes(hidden, intermediate))
+    room = (
+        ("SHARED_BYTES", _shared_bytes(hidden, dtype)),
+        ("MAILBOX_BYTES", mailbox_bytes(decode_box(hidden, intermediate))),
+    )
     return (*sizes, *kinds, ("STAGES", STAGES), *room)
 
 

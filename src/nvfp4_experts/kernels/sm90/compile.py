@@ -9,6 +9,7 @@ takes about a second and happens once per machine and configuration, before the 
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -101,7 +102,7 @@ def _load(name: str, file: str, macros: tuple[tuple[str, int], ...], device: int
     return kernel
 
 
-def launch_kernel(kernel: Any, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+def launch_kernel(kernel: Any, grid: tuple[int, ...], threads: int, *arguments: Any, shared_bytes: int = 0) -> None:
     """Launch on the current stream of the tensors' device; tensors pass as their address, None as a null pointer.
 
     The kernel may begin before the one in front of it has ended, and must wait for it itself (`griddepcontrol.wait`).
@@ -110,8 +111,53 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], threads: int, *arguments: 
 
     device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
     passed = [a.data_ptr() if isinstance(a, torch.Tensor) else 0 if a is None else a for a in arguments]
-    config = LaunchConfig(grid=grid, block=threads, programmatic_stream_serialization=True)
+    config = LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes, programmatic_stream_serialization=True)
     launch(current_stream(device), config, kernel, *passed)
+
+
+def launch_structure(
+    kernel: Any,
+    blocks: int,
+    threads: int,
+    shared_bytes: int,
+    arguments: bytes,
+    device: torch.device,
+    *,
+    cluster: int = 1,
+    together: bool = False,
+) -> None:
+    """Launch with one argument, a structure; early, as `launch_kernel` does.
+
+    Args:
+        cluster: blocks of a cluster.
+        together: all blocks resident or none, for those that wait for each other.
+    """
+    from cuda.bindings import driver
+
+    launch, kinds = driver.CUlaunchConfig(), driver.CUlaunchAttributeID
+    launch.gridDimX, launch.gridDimY, launch.gridDimZ = blocks, 1, 1
+    launch.blockDimX, launch.blockDimY, launch.blockDimZ = threads, 1, 1
+    launch.sharedMemBytes, launch.hStream = shared_bytes, torch.cuda.current_stream(device).cuda_stream
+    early, grouping = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+    early.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    early.value.programmaticStreamSerializationAllowed = 1
+    if together:
+        grouping.id = kinds.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+        grouping.value.cooperative = 1
+    else:
+        grouping.id = kinds.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        grouping.value.clusterDim.x, grouping.value.clusterDim.y, grouping.value.clusterDim.z = cluster, 1, 1
+    launch.attrs, launch.numAttrs = [early, grouping], 2
+    structure = ctypes.create_string_buffer(arguments, len(arguments))
+    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
+    (status,) = driver.cuLaunchKernelEx(launch, driver.CUfunction(int(kernel.handle)), ctypes.addressof(pointers), 0)
+    check_status(status, "cuLaunchKernelEx")
+
+
+def check_status(status: Any, what: str) -> None:
+    """Raise UnsupportedError unless the driver says that it is well."""
+    if int(status):
+        raise UnsupportedError(what, "must succeed", status, "report it, and use backend='torch' meanwhile")
 
 
 def current_stream(device: torch.device) -> Any:

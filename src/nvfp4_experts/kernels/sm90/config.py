@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 
 from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
 
-ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLITS = (1, 2, 3, 4), (1, 2, 3, 4), (32, 64, 128, 256), (1, 2, 4)
+ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLITS = (1, 2, 3, 4), (1, 2, 3, 4), (32, 64, 112, 128, 256), (1, 2, 4)
 MAX_STAGES, MIN_STAGES = 6, 2
 SHARED_BYTES, RESERVED_BYTES = 232448, 8192  # what a block may have; of it for barriers, amax and alignment
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # of a consumer thread, by warpgroups, after the producer gave up its own

@@ -7,10 +7,7 @@
 // Weights are the 16-row operand of mma.m16n8k16 (bf16 operands, fp32 sum), tokens the 8 columns. They come packed as
 // layouts/fragments.py says: a lane's 16-byte load is its four A fragments.
 //
-// One persistent block per multiprocessor. Warp roles: 16 consumers split K, each its own 64 columns of a stage;
-// a producer warp keeps a ring of STAGES bulk copies (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles
-// and across the hand-over; a reducer warp adds the 16 partial sums of a tile and finishes it. Activations stay in the
-// consumers' registers as B fragments.
+// One persistent block per multiprocessor, as tile.cuh says; its ring runs ahead across the hand-over too.
 //
 // Blocks hand each other words through a mailbox in device memory, where NOT_YET says that a word has not come: h, and
 // with NVFP4 activations the values of x, of which every block makes a share; of one token alone every block makes all,
@@ -31,20 +28,8 @@
 #define DYNAMIC 2
 #define PER_TOKEN 3
 
-constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, COPIER = 18, THREADS = 20 * 32;  // one warp idles
-constexpr int TOKENS = 8;
-constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
-constexpr int BLOCK = 16;
+#include "tile.cuh"
 
-// A GEMM as the warps see it: tiles of 16 output rows, K in chunks of 64, stages of 16 chunks.
-template <int N, int K>
-struct Gemm {
-    static constexpr int tiles = N / 16;
-    static constexpr int columns = K;
-    static constexpr int chunks = (K + 63) / 64;
-    static constexpr int stages = (chunks + CONSUMERS - 1) / CONSUMERS;
-    static __device__ __forceinline__ int chunks_in(int stage) { return min(CONSUMERS, chunks - stage * CONSUMERS); }
-};
 using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
 using L2 = Gemm<HIDDEN, INTERMEDIATE>;
 
@@ -52,117 +37,23 @@ using L2 = Gemm<HIDDEN, INTERMEDIATE>;
 __device__ __forceinline__ bool is_alone(int tokens) { return ACTIVATIONS != BF16 && tokens == 1; }
 
 struct Shared {
-    alignas(128) unsigned char stages[STAGES][STAGE_BYTES];
-    alignas(128) float4 partials[2][CONSUMERS][32];
+    Pipeline pipeline;
     alignas(16) Element x[ACTIVATIONS == BF16 ? 8 : HIDDEN];  // of a lone token; then its values, in bf16
-    u64 stage_full[STAGES], stage_empty[STAGES], partial_full[2], partial_empty[2], has_box, has_x;
+    u64 has_box, has_x;
     u32 amax[2][TOKENS];          // of x, of h: bits of |.|, whose order is that of the values, NaN above all
     float token_scale[2][TOKENS];  // of x, of h: global scale of a token's activations
-    u32 scale_offsets, box;  // box: of the mailbox, this launch's
+    u32 box;  // of the mailbox, this launch's
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "backend.py allocates as much");
 
+constexpr int X_STRIDE = (HIDDEN + 63) / 64 * 64, H_STRIDE = (INTERMEDIATE + 63) / 64 * 64;
+struct Box {
+    u32 x[TOKENS][X_STRIDE / 2];        // bf16 pairs, in the order of fragments
+    u32 h[TOKENS * H_STRIDE];           // the same where h comes finished, else fp32 in the order of channels
+    u32 amax[INTERMEDIATE / 8][TOKENS];  // of the 8 channels of a tile
+};
 #include "mailbox.cuh"
 #include "entering.cuh"
-
-// --- weights --------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// 16 rows x 64 columns against this warp's 8 tokens. have_read(): called when codes and scales are in registers for
-// certain, since a product has been made of them: loads that have been issued may still be waiting their turn.
-template <class HaveRead>
-__device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, u32 offsets,
-                                               const Fragment& fragment, HaveRead have_read) {
-    u32 a[4][4];
-    decode_chunk(codes, scales, offsets, a);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
-        if (j == 0) have_read();
-    }
-}
-
-// --- the roles ------------------------------------------------------------------------------------------------------
-
-template <class G>
-__device__ __forceinline__ void produce(const unsigned char* weights, Shared& shared, Ring<STAGES>& ring) {
-    for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
-        const unsigned char* from = weights + (size_t)tile * G::chunks * CHUNK_BYTES;
-        for (int stage = 0; stage < G::stages; stage++, ring.next()) {
-            barrier_wait(shared_address(&shared.stage_empty[ring.slot]), ring.parity ^ 1);
-            const u32 bytes = G::chunks_in(stage) * CHUNK_BYTES;
-            barrier_expect(shared_address(&shared.stage_full[ring.slot]), bytes);
-            copy_to_shared(shared_address(shared.stages[ring.slot]), from + (size_t)stage * STAGE_BYTES, bytes,
-                           shared_address(&shared.stage_full[ring.slot]));
-        }
-    }
-}
-
-// begin(stage): called before this stage's fragment is used for the first time.
-template <class G, class Begin>
-__device__ __forceinline__ void consume(int warp, Shared& shared, Ring<STAGES>& ring, Ring<2>& partial,
-                                        Fragment (&fragments)[G::stages], Begin begin) {
-    const int lane = threadIdx.x % 32;
-    const u32 offsets = load_4(shared_address(&shared.scale_offsets));
-    const Address chunk = shared_address(shared.stages[0]) + warp * CHUNK_BYTES;
-    const Address full = shared_address(shared.stage_full), empty = shared_address(shared.stage_empty);
-    for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
-        float sums[2][4] = {};
-#pragma unroll
-        for (int stage = 0; stage < G::stages; stage++, ring.next()) {
-            const bool has_chunk = G::chunks % CONSUMERS == 0 || warp < G::chunks_in(stage);
-            barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
-            uint4 codes = {};
-            uint2 scales = {};
-            if (has_chunk) {
-                const Address from = chunk + ring.slot * STAGE_BYTES;
-                codes = load_16(from + lane * 16);
-                scales = load_8(from + CODE_BYTES + lane / 4 * 8);
-            }
-            if (tile == blockIdx.x) begin(stage);
-            auto release = [&] {
-                __syncwarp();
-                if (lane == 0) barrier_arrive(empty + ring.slot * BARRIER_BYTES);
-            };
-            if (has_chunk)
-                multiply_chunk(sums, codes, scales, offsets, fragments[stage], release);
-            else
-                release();
-        }
-        barrier_wait(shared_address(&shared.partial_empty[partial.slot]), partial.parity ^ 1);
-        shared.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
-                                                                sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.partial_full[partial.slot]));
-        partial.next();
-    }
-}
-
-// Adds a tile's partial sums in order; sum.x, .y: row g, tokens 2c and 2c + 1; .z, .w: row g + 8.
-template <class G, class Finish>
-__device__ __forceinline__ void reduce(Shared& shared, Ring<2>& partial, Finish finish) {
-    const int lane = threadIdx.x % 32;
-    for (int tile = blockIdx.x; tile < G::tiles; tile += gridDim.x) {
-        barrier_wait(shared_address(&shared.partial_full[partial.slot]), partial.parity);
-        float4 sum = shared.partials[partial.slot][0][lane];
-#pragma unroll
-        for (int warp = 1; warp < CONSUMERS; warp++) {
-            const float4 more = shared.partials[partial.slot][warp][lane];
-            sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(&shared.partial_empty[partial.slot]));
-        partial.next();
-        finish(tile, sum);
-    }
-}
 
 // h of a tile, rows g = lane / 4 and tokens 2 c, 2 c + 1, to the mailbox. encode, decode: its static scale, if it has one.
 __device__ __forceinline__ void post_h(int tile, int tokens, float (&h)[2], float encode, float decode, Box& box) {
@@ -206,18 +97,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&shared.stage_full[i]), 1);
-            barrier_init(shared_address(&shared.stage_empty[i]), CONSUMERS);
-        }
-        for (int i = 0; i < 2; i++) {
-            barrier_init(shared_address(&shared.partial_full[i]), CONSUMERS);
-            barrier_init(shared_address(&shared.partial_empty[i]), 1);
-        }
+        make_pipeline(shared.pipeline);
         barrier_init(shared_address(&shared.has_box), 1);
         barrier_init(shared_address(&shared.has_x), 1);
         barriers_are_made();
-        shared.scale_offsets = SCALE_OFFSETS;
     }
     if (threadIdx.x < 2 * TOKENS) shared.amax[threadIdx.x / TOKENS][threadIdx.x % TOKENS] = 0;
     __syncthreads();
@@ -229,8 +112,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
-            produce<L1>(gate_up, shared, ring);
-            produce<L2>(down, shared, ring);
+            for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x)
+                produce_tile<L1>(gate_up + (size_t)tile * L1::tile_bytes, shared.pipeline, ring);
+            for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
+                produce_tile<L2>(down + (size_t)tile * L2::tile_bytes, shared.pipeline, ring);
         } else if (warp == COPIER && lane == 0 && is_alone(tokens)) {
             copy_x(x, shared);
         } else if (warp == REDUCER) {
@@ -246,7 +131,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             float encode = 1.0f, decode = 1.0f;
             if (ACTIVATIONS == STATIC) global_scales(0, static_scale_at(hidden_scale), encode, decode);
             Ring<2> partial;
-            reduce<L1>(shared, partial, [&](int tile, float4 sum) {
+            for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x) {
+                const float4 sum = reduce_tile(shared.pipeline, partial);
                 float h[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -255,8 +141,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     h[i] = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), limit);
                 }
                 post_h(tile, tokens, h, encode, decode, box);
-            });
-            reduce<L2>(shared, partial, [&](int tile, float4 sum) {
+            }
+            for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x) {
+                const float4 sum = reduce_tile(shared.pipeline, partial);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (token + i >= tokens) break;
@@ -265,12 +152,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     store(to, (i ? sum.y : sum.x) * UNPACKED * scale);
                     store(to + 8, (i ? sum.w : sum.z) * UNPACKED * scale);
                 }
-            });
+            }
             if (blockIdx.x == 0 && lane == 0) mailbox->launches = number + 1;
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         const float static_scale = static_scale_at(input_scale), hidden_static_scale = static_scale_at(hidden_scale);
+        const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
         Ring<STAGES> ring;
         Ring<2> partial;
         auto find_box = [&]() -> Box& {
@@ -301,9 +189,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
 #endif
             keep_token_scales<0>(static_scale, shared);
-            consume<L1>(warp, shared, ring, partial, fragments, [&](int stage) {
-                if (is_alone(tokens)) take(stage, shared, fragments[stage]);
-            });
+            for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x)
+                consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
+                    if (is_alone(tokens) && tile == blockIdx.x) take(stage, shared, fragments[stage]);
+                });
         }
         {
             Fragment fragments[L2::stages];
@@ -314,9 +203,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             else
                 enter_whole<L2>(box, tokens, shared, fragments);
             keep_token_scales<1>(hidden_static_scale, shared);
-            consume<L2>(warp, shared, ring, partial, fragments, [&](int stage) {
-                if (ORDERED) inbox.await(stage, fragments[stage]);
-            });
+            for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
+                consume_tile<L2>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
+                    if (ORDERED && tile == blockIdx.x) inbox.await(stage, fragments[stage]);
+                });
         }
     }
 }

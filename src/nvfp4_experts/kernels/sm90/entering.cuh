@@ -5,16 +5,6 @@
 // h is finished by the reducer but where its scale needs all of it.
 constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;
 
-// From 16 consecutive columns in each lane of four to fragments: lane c gives its words to the lanes that multiply them.
-__device__ __forceinline__ void exchange(Fragment& fragment) {
-    u32 halves[2][4];  // words of the first and of the second 8 columns
-#pragma unroll
-    for (int i = 0; i < 8; i++) halves[i / 4][i % 4] = fragment.b[i];
-    transpose_quad(halves[0]), transpose_quad(halves[1]);
-#pragma unroll
-    for (int j = 0; j < 4; j++) fragment.b[2 * j] = halves[0][j], fragment.b[2 * j + 1] = halves[1][j];
-}
-
 // Asked for early. Past the L1 cache: the launch before may have written it.
 __device__ __forceinline__ float static_scale_at(const float* scale) { return ACTIVATIONS == STATIC ? __ldcg(scale) : 0.0f; }
 
@@ -27,32 +17,6 @@ __device__ __forceinline__ void global_scales(u32 amax_bits, float static_scale,
 }
 
 __device__ __forceinline__ void consumers_sync() { sync_threads(1, CONSUMERS * 32); }
-
-// The consumers' raw columns, one token per group of four lanes; fp32 from the mailbox is awaited.
-template <class G, class Source>
-__device__ __forceinline__ void load_raw(const Source* source, int stride, int tokens, bool awaited,
-                                         Raw<Source> (&raw)[G::stages]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
-    bool all;
-    do {
-        all = true;
-#pragma unroll
-        for (int stage = 0; stage < G::stages; stage++) {
-            const int column = (stage * CONSUMERS + warp) * 64 + lane % 4 * BLOCK;
-            raw[stage] = Raw<Source>{};
-            if (token < tokens && column < G::columns) {
-                const Source* from = source + (size_t)token * stride + column;
-#pragma unroll
-                for (int i = 0; i < (int)sizeof(Source); i++) {
-                    const uint4 v = peek_16(reinterpret_cast<const uint4*>(from) + i);
-                    all = all && v.x != NOT_YET && v.y != NOT_YET && v.z != NOT_YET && v.w != NOT_YET;
-                    raw[stage].words[i] = v;
-                }
-            }
-        }
-    } while (awaited && !all);
-    __syncwarp();
-}
 
 // What activations' global scales are made of, over the consumers: shared.amax of a token, or with "dynamic" of all in [0].
 template <int PHASE, class Source, int STAGE_COUNT>
@@ -87,26 +51,6 @@ __device__ __forceinline__ void keep_token_scales(float static_scale, Shared& sh
     float g, s = 1.0f;
     if (ACTIVATIONS != BF16) global_scales(amax_of_token<PHASE>(threadIdx.x, shared), static_scale, g, s);
     shared.token_scale[PHASE][threadIdx.x] = s;
-}
-
-// x as it is, in bf16.
-template <class G>
-__device__ __forceinline__ void enter_bf16(const Element* x, int tokens, Fragment (&fragments)[G::stages]) {
-    Raw<Element> raw[G::stages];
-    load_raw<G>(x, G::columns, tokens, false, raw);
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-        if (is_bf16<Element>()) {
-#pragma unroll
-            for (int i = 0; i < 8; i++) fragments[stage].b[i] = reinterpret_cast<const u32*>(&raw[stage].words[0])[i];
-        } else {
-            float v[16];
-            unpack16(raw[stage], v);
-#pragma unroll
-            for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
-        }
-        exchange(fragments[stage]);
-    }
 }
 
 // This block's share of x to NVFP4 values for all blocks: four lanes a block of 16, each the two words it would multiply.

@@ -15,12 +15,15 @@
 // of the tokens.
 // With one part blocks are persistent. A token's result depends on PARTS and on nothing else of the batch.
 //
+// GROUPED: weights of several experts, one after the other, and a list of tiles that group.cu made: rows of activations
+// and their expert. A tile of few rows is multiplied by narrower wgmmas. One part only.
+//
 // Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 83
 // instructions for 16 rows x 64 columns, 45 of them on the pipe that takes one every other cycle, whatever TOKENS is.
 //
 // Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a consumer
-//   thread), SHARED_BYTES (of the launch) and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16, quantised
-//   with a static scale.
+//   thread), SHARED_BYTES (of the launch), GROUPED and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16,
+//   quantised with a static scale.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -33,6 +36,9 @@
 #define PARTED (SPLIT * COLUMN_GROUPS > 1)
 
 constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
+// GROUPED: widths of wgmma, narrowest and step. Registers are not enough for more of them.
+constexpr int NARROWEST = TOKENS >= 96 ? TOKENS - 16 : TOKENS / 2, NARROWER = TOKENS < 96 ? TOKENS / 2 : OUT == NVFP4 ? 16 : 8;
+
 constexpr int ROWS = 64 * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
 constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES, TOKEN_BYTES = TOKENS * 128;  // of a chunk
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;               // of 64 columns; of 8 tokens
@@ -44,19 +50,35 @@ __device__ constexpr int part_of(int group) {
     return part;
 }
 
+constexpr int SCALE_OF_TOKEN = 1, SCALE_OF_EXPERT = 2;  // 0: of all
+
+struct TokenTile {
+    int expert, first, end, unused;  // rows [first, end) of the activations
+};
+
 struct Arguments {
-    TensorMap weights;      // (tiles of 16 rows, chunks, 144) words, box (ROW_WARPS, STAGE_CHUNKS, 144)
+    TensorMap weights;      // (experts x tiles of 16 rows, chunks, 144) words, box (ROW_WARPS, STAGE_CHUNKS, 144)
     TensorMap activations;  // (tokens, columns) bf16, box (TOKENS, 64), 128-byte swizzle
-    const float* weight_scales;  // GATE_UP: of gate, of up; DOWN: of down
-    const float* token_scales;   // of the activations: one, or with per_token one a token; null: 1
-    const float* hidden_scale;   // NVFP4: the static scale of h
+    const float* weight_scales;  // of each expert; GATE_UP: of gate, of up; DOWN: of down
+    const float* token_scales;   // of the activations: one, one a token, or one an expert; null: 1
+    const float* hidden_scale;   // NVFP4: the static scale of h, of each expert
     void* out;                   // (tokens, rows / 2 or rows)
-    int per_token, tokens, rows, chunks;
+    int scaling, tokens, rows, chunks;
     float limit;
+#if GROUPED
+    const TokenTile* token_tiles;
+    const int* token_tile_count;
+    const float* row_weights;  // of each row of the activations, for what comes out; null: 1
+#endif
 };
 
 struct Scales {
     float factors[GATE_UP ? 2 : 1], hidden;
+};
+
+struct Tile {
+    TokenTile tokens;
+    Scales scales;
 };
 
 struct Shared {
@@ -69,7 +91,11 @@ struct Shared {
     };
     u64 full[STAGES], empty[STAGES], summed;
     u32 scale_offsets;
+#if GROUPED
+    Tile tiles[STAGES + 1];  // as many as a producer can be ahead, and the one that is being finished
+#else
     Scales scales[CONSUMERS];
+#endif
 #if OUT == NVFP4
     u32 amax[CONSUMERS][32];  // of 32 tokens at a time
     alignas(16) float2 block_scales[CONSUMERS][32];
@@ -77,13 +103,18 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "the launch must ask for as much");
 
-// A block's tiles, one after the other, and its run of stages: [begin, end) of K.
+// A block's tiles, one after the other, and its run of stages: [begin, end) of K. Grouped, it may be made only when the
+// launch before has ended.
 struct Work {
     int row_tiles, tile, tiles, step, begin, end;
 
     __device__ Work(const Arguments& arguments, int split) {
         row_tiles = (arguments.rows + ROWS - 1) / ROWS;
+#if GROUPED
+        tiles = row_tiles * __ldcg(arguments.token_tile_count);
+#else
         tiles = row_tiles * ((arguments.tokens + TOKENS - 1) / TOKENS);
+#endif
         tile = blockIdx.x / SPLIT, step = gridDim.x / SPLIT;
         const int stages = (arguments.chunks + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
         begin = stages * split / SPLIT, end = stages * (split + 1) / SPLIT;
@@ -91,26 +122,41 @@ struct Work {
     __device__ bool more() const { return tile < tiles; }
     __device__ void next() { tile += step; }
     __device__ int row() const { return tile % row_tiles * ROWS; }
-    __device__ int token() const { return tile / row_tiles * TOKENS; }
+    __device__ TokenTile tokens(const Arguments& arguments, int tile) const {
+        if (tile >= tiles) return {};
+        const int index = tile / row_tiles;
+#if GROUPED
+        const int4 found = __ldcg(reinterpret_cast<const int4*>(arguments.token_tiles) + index);
+        return {found.x, found.y, found.z};
+#else
+        return {0, index * TOKENS, arguments.tokens};
+#endif
+    }
 };
 
-// Calls copy(slot, row, token, stage) for every stage of this block's work as soon as its slot is free.
+// Calls copy(slot, row, tokens, stage) for every stage of this block's work as soon as its slot is free.
 template <class Copy>
-__device__ __forceinline__ void produce(Work work, Address empty, Copy copy) {
+__device__ __forceinline__ void produce(const Arguments& arguments, int split, Address empty, Copy copy) {
     Ring<STAGES> ring;
+    Work work(arguments, split);
+    TokenTile tokens = work.tokens(arguments, work.tile);
     for (; work.more(); work.next()) {
-        const int row = work.row(), token = work.token();
+        const TokenTile upcoming = work.tokens(arguments, work.tile + work.step);  // asked for a tile ahead
+        const int row = work.row();
 #pragma unroll 1
         for (int stage = work.begin; stage < work.end; stage++, ring.next()) {
             barrier_wait(empty + ring.slot * BARRIER_BYTES, ring.parity ^ 1);
-            copy(ring.slot, row, token, stage);
+            copy(ring.slot, row, tokens, stage);
         }
+        tokens = upcoming;
     }
 }
 
-// The sums over this warpgroup's columns, 64 rows x TOKENS; sums[4 i + 2 h + e]: row g + 8 h, token 8 i + 2 c + e.
+// The sums over this warpgroup's columns, 64 rows x N tokens; sums[4 i + 2 h + e]: row g + 8 h, token 8 i + 2 c + e.
+template <int N>
 __device__ __forceinline__ void multiply(int steps, int row_warp, int column_group, const Shared& shared,
-                                         Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
+                                         Ring<STAGES>& ring, float (&all_sums)[TOKENS / 2]) {
+    auto& sums = reinterpret_cast<float (&)[N / 2]>(all_sums);
     const int lane = threadIdx.x % 32;
     const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
     const Address weights =
@@ -129,14 +175,14 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
         decode_chunk(codes, scales, offsets, first);
         mma_fence();
 #pragma unroll
-        for (int j = 0; j < 4; j++) mma_async<TOKENS>(sums, first[j], b + 2 * j);
+        for (int j = 0; j < 4; j++) mma_async<N>(sums, first[j], b + 2 * j);
         mma_commit();
         mma_wait<1>();  // the stage before has been read: its slot may be filled again
         if (i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
         decode_chunk(more_codes, more_scales, offsets, second);
         mma_fence();
 #pragma unroll
-        for (int j = 0; j < 4; j++) mma_async<TOKENS>(sums, second[j], b + TOKEN_BYTES / 16 + 2 * j);
+        for (int j = 0; j < 4; j++) mma_async<N>(sums, second[j], b + TOKEN_BYTES / 16 + 2 * j);
         mma_commit();
         mma_wait<1>();
         before = ring.slot;
@@ -145,7 +191,17 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
     mma_wait<0>();
     if (lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
 #pragma unroll
-    for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");
+    for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// By the narrowest of two or three widths that holds `count` tokens; the registers are not enough for more.
+template <int N = NARROWEST>
+__device__ __forceinline__ void multiply_few(int count, int steps, int row_warp, int column_group, const Shared& shared,
+                                             Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
+    if (N == TOKENS || count <= N)
+        multiply<N>(steps, row_warp, column_group, shared, ring, sums);
+    else
+        multiply_few<N == TOKENS ? N : N + NARROWER>(count, steps, row_warp, column_group, shared, ring, sums);
 }
 
 // Sends every group of tokens to the part that finishes it; returns the whole sums of this part's share.
@@ -257,36 +313,46 @@ __device__ __forceinline__ void quantize_share(float s, Shared& shared, float (&
 }
 #endif
 
-// What sums are multiplied by: the weights' scales, times the activations' if they share one. Each warp loads them before it
-// has sums, and keeps them out of the registers meanwhile.
-__device__ __forceinline__ void load_scales(const Arguments& arguments, Scales& scales) {
-    if (threadIdx.x % 32 == 0) {
-        const bool shared_by_tokens = arguments.token_scales && !arguments.per_token;
-        const float tokens = shared_by_tokens ? __ldcg(arguments.token_scales) : 1.0f;
-        for (int i = 0; i < (GATE_UP ? 2 : 1); i++) scales.factors[i] = tokens * arguments.weight_scales[i];
-        if (OUT == NVFP4) scales.hidden = __ldcg(arguments.hidden_scale);
-    }
-    __syncwarp();
+// What sums are multiplied by: the weights' scales, times the activations' if they share one. Asked for before there are
+// sums, and kept out of the registers meanwhile, in shared memory.
+__device__ __forceinline__ Scales load_scales(const Arguments& arguments, int expert) {
+    constexpr int HALVES = GATE_UP ? 2 : 1;
+    Scales scales;
+    const bool shared_by_tokens = arguments.token_scales && arguments.scaling != SCALE_OF_TOKEN;
+    const int index = arguments.scaling == SCALE_OF_EXPERT ? expert : 0;
+    const float tokens = shared_by_tokens ? __ldcg(arguments.token_scales + index) : 1.0f;
+#pragma unroll
+    for (int i = 0; i < HALVES; i++) scales.factors[i] = tokens * arguments.weight_scales[expert * HALVES + i];
+    scales.hidden = OUT == NVFP4 ? __ldcg(arguments.hidden_scale + expert) : 0.0f;
+    return scales;
 }
 
-__device__ __forceinline__ float scale_of(const Arguments& arguments, int token) {
-    return arguments.per_token && token < arguments.tokens ? __ldcg(arguments.token_scales + token) : 1.0f;
+__device__ __forceinline__ float scale_of(const Arguments& arguments, int token, int end) {
+    return arguments.scaling == SCALE_OF_TOKEN && token < end ? __ldcg(arguments.token_scales + token) : 1.0f;
+}
+
+__device__ __forceinline__ float weight_of(const Arguments& arguments, int token, int end) {
+#if GROUPED
+    if (arguments.row_weights && token < end) return __ldcg(arguments.row_weights + token);
+#endif
+    return 1.0f;
 }
 
 // Scales, SwiGLU and the result's format for 16 rows from `row` and the tokens [first_token, end_token).
-__device__ __forceinline__ void finish(const Arguments& arguments, int row, int first_token, int end_token, Shared& shared,
-                                       float (&sums)[SHARE * 4]) {
-    const Scales scales = shared.scales[threadIdx.x / 32];
+__device__ __forceinline__ void finish(const Arguments& arguments, const Scales& scales, int row, int first_token,
+                                       int end_token, Shared& shared, float (&sums)[SHARE * 4]) {
     const int c = threadIdx.x % 4;
 #if GATE_UP
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
+        if (GROUPED && first_token + 8 * i >= end_token) break;
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const int token = first_token + 8 * i + 2 * c + e;
-            const float scale = scale_of(arguments, token);
+            const float scale = scale_of(arguments, token, end_token);
             const float gate = sums[4 * i + e] * UNPACKED, up = sums[4 * i + 2 + e] * UNPACKED;
-            sums[4 * i + e] = swiglu(gate * (scale * scales.factors[0]), up * (scale * scales.factors[1]), arguments.limit);
+            sums[4 * i + e] = swiglu(gate * (scale * scales.factors[0]), up * (scale * scales.factors[1]), arguments.limit) *
+                              weight_of(arguments, token, end_token);
         }
     }
 #if OUT == NVFP4
@@ -300,13 +366,16 @@ __device__ __forceinline__ void finish(const Arguments& arguments, int row, int 
     if (row >= arguments.rows) return;
 #pragma unroll
     for (int i = 0; i < SHARE; i++) {
-        const int token = first_token + 8 * i;
-        const float scale_0 = scale_of(arguments, token + 2 * c) * scales.factors[0];
-        const float scale_1 = scale_of(arguments, token + 2 * c + 1) * scales.factors[0];
+        const int token = first_token + 8 * i, mine = token + 2 * c;
+        if (GROUPED && token >= end_token) break;
+        const float scale_0 = scale_of(arguments, mine, end_token) * scales.factors[0];
+        const float scale_1 = scale_of(arguments, mine + 1, end_token) * scales.factors[0];
+        const float weight_0 = weight_of(arguments, mine, end_token), weight_1 = weight_of(arguments, mine + 1, end_token);
 #pragma unroll
         for (int h = 0; h < 2; h++)
             store_8x8(arguments.out, arguments.rows, row + 8 * h, token, end_token,
-                      sums[4 * i + 2 * h] * UNPACKED * scale_0, sums[4 * i + 2 * h + 1] * UNPACKED * scale_1);
+                      sums[4 * i + 2 * h] * UNPACKED * scale_0 * weight_0,
+                      sums[4 * i + 2 * h + 1] * UNPACKED * scale_1 * weight_1);
     }
 #endif
 }
@@ -317,7 +386,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
     const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
     const int split = SPLIT > 1 ? (int)cluster_rank() : 0;
-    Work work(arguments, split);
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -340,44 +408,70 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
 
     if (warp >= CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(WARPGROUPS == 4 ? 32 : 40));
-        if (warp == CONSUMERS && lane == 0) {  // weights do not depend on what ran before
+        if (warp == CONSUMERS && lane == 0) {
+            if (GROUPED) wait_for_launch_before();  // it says which weights; else they do not depend on it
             const Address weights = shared_address(shared.weights);
-            produce(work, empty, [&](u32 slot, int row, int, int stage) {
+#if GROUPED
+            Ring<STAGES + 1> place;
+#endif
+            produce(arguments, split, empty, [&](u32 slot, int row, const TokenTile& tokens, int stage) {
                 const Address barrier = full + slot * BARRIER_BYTES;
+#if GROUPED
+                if (stage == 0) {
+                    shared.tiles[place.slot] = {tokens, load_scales(arguments, tokens.expert)};
+                    place.next();
+                }
+#endif
                 barrier_expect(barrier, STAGE_CHUNKS * WEIGHT_BYTES);
-                copy_box(weights + slot * (STAGE_CHUNKS * WEIGHT_BYTES), arguments.weights, 0, stage * STAGE_CHUNKS, row / 16, barrier);
+                copy_box(weights + slot * (STAGE_CHUNKS * WEIGHT_BYTES), arguments.weights, 0, stage * STAGE_CHUNKS,
+                         (tokens.expert * arguments.rows + row) / 16, barrier);
             });
-        } else if (warp == CONSUMERS + 1 && lane == 0) {
+        }
+        if (warp == CONSUMERS + 1 && lane == 0) {
             wait_for_launch_before();
             const Address activations = shared_address(shared.activations);
-            produce(work, empty, [&](u32 slot, int, int token, int stage) {
+            produce(arguments, split, empty, [&](u32 slot, int, const TokenTile& tokens, int stage) {
                 const Address barrier = full + slot * BARRIER_BYTES;
                 barrier_expect(barrier, STAGE_CHUNKS * TOKEN_BYTES);
 #pragma unroll
                 for (int i = 0; i < STAGE_CHUNKS; i++)
                     copy_box(activations + (slot * STAGE_CHUNKS + i) * TOKEN_BYTES, arguments.activations,
-                             (stage * STAGE_CHUNKS + i) * 64, token, barrier);
+                             (stage * STAGE_CHUNKS + i) * 64, tokens.first, barrier);
             });
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
         wait_for_launch_before();  // it may still read what this launch writes
-        load_scales(arguments, shared.scales[warp]);
-        const int row_warp = warp % ROW_WARPS, column_group = warp / ROW_WARPS;
+        const int row_warp = warp % ROW_WARPS;
         Ring<STAGES> ring;
-        for (; work.more(); work.next()) {
+#if GROUPED
+        Ring<STAGES + 1> place;
+        for (Work work(arguments, 0); work.more(); work.next(), place.next()) {
+            barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);  // the producer has said which tile it is
+            const Tile& tile = shared.tiles[place.slot];
             float sums[TOKENS / 2] = {};
-            multiply(work.end - work.begin, row_warp, column_group, shared, ring, sums);
-            const int row = work.row() + row_warp * 16, token = work.token();
+            multiply_few(tile.tokens.end - tile.tokens.first, work.end, row_warp, 0, shared, ring, sums);
+            finish(arguments, tile.scales, work.row() + row_warp * 16, tile.tokens.first, tile.tokens.end, shared, sums);
+        }
+#else
+        const int column_group = warp / ROW_WARPS;
+        if (lane == 0) shared.scales[warp] = load_scales(arguments, 0);
+        __syncwarp();
+        for (Work work(arguments, split); work.more(); work.next()) {
+            const int row = work.row() + row_warp * 16, token = work.tokens(arguments, work.tile).first;
+            float sums[TOKENS / 2] = {};
+            multiply<TOKENS>(work.end - work.begin, row_warp, column_group, shared, ring, sums);
+            const Scales scales = shared.scales[warp];
 #if PARTED
             float whole[SHARE * 4];
             const int part = split * COLUMN_GROUPS + column_group;
             exchange(part, shared, sums, whole);
             const int end = min(arguments.tokens, token + first_group(part + 1) * 8);
-            finish(arguments, row, token + first_group(part) * 8, end, shared, whole);
+            finish(arguments, scales, row, token + first_group(part) * 8, end, shared, whole);
 #else
-            finish(arguments, row, token, arguments.tokens, shared, sums);
+            finish(arguments, scales, row, token, arguments.tokens, shared, sums);
 #endif
         }
+#endif
     }
 }

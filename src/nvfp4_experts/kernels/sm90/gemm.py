@@ -16,25 +16,26 @@ import ctypes
 import functools
 import math
 import struct
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import UnsupportedError
 from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
 from ..cuda.workspace import Part, carve
 from ..dispatch import Call, Problem
 from ..target import target_of
 from .choice import choose
-from .compile import compile_all, launch_kernel, load_kernel
+from .compile import check_status, compile_all, launch_kernel, launch_structure, load_kernel
 from .config import GemmConfig
 from .table import token_ranges
 
-_BF16, _NVFP4 = 0, 3
-_OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_ENTER_THREADS, _ENTER_VALUES = 256, 8  # THREADS and VALUES of enter.cu
+BF16, NVFP4 = 0, 3
+OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ENTER_THREADS, ENTER_VALUES = 256, 8  # THREADS and VALUES of enter.cu
+SCALE_OF_ALL, SCALE_OF_TOKEN, SCALE_OF_EXPERT = 0, 1, 2  # of gemm.cu
 _MODE = {"static": 1, "dynamic": 2, "per_token": 3}
 
 
@@ -48,8 +49,9 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
     made = dict(zip(layout, carve(x.device, *layout.values()), strict=True))
     h, values = made["h"], made.get("values", x)
     scale = made.get("scale", call.input_scale if mode == "static" else None)
+    scaling = SCALE_OF_TOKEN if mode == "per_token" else SCALE_OF_ALL
     if mode != "bf16":
-        _enter(x, mode, scale, values, made.get("partials"))
+        enter(x, mode, scale, values, made.get("partials"))
     elif values is not x:
         values.copy_(x)
     run_half(
@@ -63,12 +65,12 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
         limit=call.clamp,
         token_scales=scale,
         hidden_scale=call.hidden_scale if mode == "static" else None,
-        per_token=mode == "per_token",
+        scaling=scaling,
     )
     if mode == "static":
         scale = call.hidden_scale
     elif mode != "bf16":
-        _enter(h, mode, scale, made["h_values"], made["partials"])
+        enter(h, mode, scale, made["h_values"], made["partials"])
         h = made["h_values"]
     run_half(
         h,
@@ -79,7 +81,7 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
         second,
         gate_up=False,
         token_scales=scale,
-        per_token=mode == "per_token",
+        scaling=scaling,
     )
 
 
@@ -92,8 +94,23 @@ def scratch(mode: str, hidden: int, intermediate: int, tokens: int, dtype: torch
     if not whole:
         parts["h_values"] = (tokens, intermediate), torch.bfloat16
         parts["scale"] = (tokens,), torch.float32
-        parts["partials"] = (_ENTER_THREADS,), torch.int32
+        parts["partials"] = (ENTER_THREADS,), torch.int32
     return parts
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Rows of activations by expert, as group.cu leaves them; for `run_half`.
+
+    Args:
+        tiles: (.., 4) int32: expert, first row and end of at most `config.tokens` rows of one expert.
+        counts: (2,) int32: of tiles and of rows.
+        weights: (rows,) fp32, multiply the result; None: no weights.
+    """
+
+    tiles: Tensor
+    counts: Tensor
+    weights: Tensor | None = None
 
 
 def run_half(
@@ -108,42 +125,56 @@ def run_half(
     limit: float = math.inf,
     token_scales: Tensor | None = None,
     hidden_scale: Tensor | None = None,
-    per_token: bool = False,
+    scaling: int = SCALE_OF_ALL,
+    groups: Groups | None = None,
 ) -> None:
     """One GEMM of the layer with what follows it; gemm.cu says what is computed.
 
     Args:
         values: (T, K) bf16, aligned to 16 bytes.
-        packed: `rows` packed weight rows of K columns.
-        weight_scales: (2,) fp32 of gate and up, or (1,) of down.
-        out: (T, rows / 2) or (T, rows), aligned to 4 bytes.
+        packed: `rows` packed weight rows of K columns; with groups of each expert, one after the other.
+        weight_scales: (2,) fp32 of gate and up, or (1,) of down; with groups (E, 2) or (E, 1).
+        out: (T, rows / 2) or (T, rows), aligned to 4 bytes; with groups, a row for each of theirs.
         limit: L of the clamp, for gate_up; infinity is off.
-        token_scales: () or (T,) fp32, the activations' scale; None is 1.
-        hidden_scale: () fp32: h is quantised to NVFP4 values with it; None leaves it as `out.dtype` holds it.
-        per_token: token_scales has one scale per token.
+        token_scales: (), (T,) or (E,) fp32, the activations' scale; None is 1.
+        hidden_scale: () or (E,) fp32: h is quantised to NVFP4 values with it; None leaves it as `out.dtype` holds it.
+        scaling: whose token_scales are: SCALE_OF_ALL, SCALE_OF_TOKEN or SCALE_OF_EXPERT.
+        groups: which rows belong to which expert; None: all to the only one.
     """
     tokens, columns = values.shape
-    out_kind = _NVFP4 if hidden_scale is not None else _OUT[out.dtype]
-    kernel = _gemm_kernel(config, gate_up, out_kind, values.device)
+    out_kind = NVFP4 if hidden_scale is not None else OUT[out.dtype]
+    kernel = gemm_kernel(config, gate_up, out_kind, values.device, groups is not None)
     chunks = -(-columns // COLUMNS)
+    tiles = packed.numel() // (chunks * CHUNK_BYTES)
     arguments = struct.pack(
-        "<128s128s4Q4if12x",
-        _weight_map(packed.data_ptr(), rows // ROWS, chunks, config.rows // ROWS, config.stage_chunks),
+        "<128s128s4Q4if",
+        _weight_map(packed.data_ptr(), tiles, chunks, config.rows // ROWS, config.stage_chunks),
         _activation_map(values.data_ptr(), tokens, columns, config.tokens),
         weight_scales.data_ptr(),
-        0 if token_scales is None else token_scales.data_ptr(),
-        0 if hidden_scale is None else hidden_scale.data_ptr(),
+        _address(token_scales),
+        _address(hidden_scale),
         out.data_ptr(),
-        int(per_token),
+        scaling,
         tokens,
         rows,
         chunks,
         limit,
     )
-    tiles = -(-rows // config.rows) * -(-tokens // config.tokens)
-    if config.parts == 1:
-        tiles = min(tiles, target_of(values.device).multiprocessors or 1)
-    _launch(kernel, tiles * config.split, config, arguments, torch.cuda.current_stream(values.device).cuda_stream)
+    multiprocessors = target_of(values.device).multiprocessors or 1
+    if groups is None:
+        blocks = -(-rows // config.rows) * -(-tokens // config.tokens)
+        if config.parts == 1:
+            blocks = min(blocks, multiprocessors)
+        arguments += bytes(12)
+    else:
+        blocks = multiprocessors
+        arguments += struct.pack("<4x3Q48x", *map(_address, (groups.tiles, groups.counts, groups.weights)))
+    shape = blocks * config.split, config.threads, config.shared_bytes
+    launch_structure(kernel, *shape, arguments, values.device, cluster=config.split)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def prepare(problem: Problem, device: torch.device, max_tokens: int) -> None:
@@ -153,40 +184,46 @@ def prepare(problem: Problem, device: torch.device, max_tokens: int) -> None:
     for tokens in token_ranges(max_tokens):
         first, second = choose(problem.hidden, problem.intermediate, tokens, problem.target)
         for mode in modes:
-            h = {"bf16": _BF16, "static": _NVFP4}.get(mode, _OUT[torch.float32])
-            gemms += [(first, True, h), (second, False, _BF16)]
+            h = {"bf16": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
+            gemms += [(first, True, h), (second, False, BF16)]
     compile_all(("gemm.cu", macros_of(*gemm)) for gemm in gemms)
     for gemm in gemms:
-        _gemm_kernel(*gemm, device)
+        gemm_kernel(*gemm, device)
     for mode in modes:
         if mode != "bf16":
             for dtype in {torch.bfloat16, torch.bfloat16 if mode == "static" else torch.float32}:
-                _enter_kernel("enter_nvfp4", mode, dtype, device)
+                enter_kernel("enter_nvfp4", mode, dtype, device)
                 if mode == "dynamic":
-                    _enter_kernel("amax_partials", mode, dtype, device)
+                    enter_kernel("amax_partials", mode, dtype, device)
 
 
-def _enter(x: Tensor, mode: str, scale: Tensor | None, values: Tensor, partials: Tensor | None) -> None:
+def enter(x: Tensor, mode: str, scale: Tensor | None, values: Tensor, partials: Tensor | None) -> None:
     """x (T, K) to NVFP4 values (T, K) bf16; scale is read (static) or written."""
-    if mode == "dynamic":
-        kernel = _enter_kernel("amax_partials", mode, x.dtype, x.device)
-        launch_kernel(kernel, (_ENTER_THREADS,), _ENTER_THREADS, x, np.int64(x.numel() // _ENTER_VALUES), partials)
-    kernel = _enter_kernel("enter_nvfp4", mode, x.dtype, x.device)
+    if mode == "dynamic" and partials is not None:
+        amax_partials(x, partials)
+    kernel = enter_kernel("enter_nvfp4", mode, x.dtype, x.device)
     given, made = (scale, None) if mode == "static" else (None, scale)
     tokens, columns = x.shape
-    along = 1 if mode == "per_token" else -(-columns // (_ENTER_THREADS * _ENTER_VALUES))  # a row's amax is one block's
-    launch_kernel(kernel, (tokens, along), _ENTER_THREADS, x, np.int32(columns), given, partials, made, values)
+    along = 1 if mode == "per_token" else -(-columns // (ENTER_THREADS * ENTER_VALUES))  # a row's amax is one block's
+    launch_kernel(kernel, (tokens, along), ENTER_THREADS, x, np.int32(columns), given, partials, made, values)
 
 
-def _enter_kernel(name: str, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
-    return load_kernel(name, "enter.cu", (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _OUT[dtype])), device)
+def amax_partials(x: Tensor, partials: Tensor) -> None:
+    """To (ENTER_THREADS,) int32: bits of largest |x| of parts of x; the largest of them is that of all."""
+    kernel = enter_kernel("amax_partials", "dynamic", x.dtype, x.device)
+    launch_kernel(kernel, (ENTER_THREADS,), ENTER_THREADS, x, np.int64(x.numel() // ENTER_VALUES), partials)
 
 
-def _gemm_kernel(config: GemmConfig, gate_up: bool, out: int, device: torch.device) -> Any:
-    return load_kernel("shared_expert_gemm", "gemm.cu", macros_of(config, gate_up, out), device, config.shared_bytes)
+def enter_kernel(name: str, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
+    return load_kernel(name, "enter.cu", (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", OUT[dtype])), device)
 
 
-def macros_of(config: GemmConfig, gate_up: bool, out: int = _BF16) -> tuple[tuple[str, int], ...]:
+def gemm_kernel(config: GemmConfig, gate_up: bool, out: int, device: torch.device, grouped: bool = False) -> Any:
+    macros = macros_of(config, gate_up, out, grouped)
+    return load_kernel("shared_expert_gemm", "gemm.cu", macros, device, config.shared_bytes)
+
+
+def macros_of(config: GemmConfig, gate_up: bool, out: int = BF16, grouped: bool = False) -> tuple[tuple[str, int], ...]:
     """What gemm.cu is compiled with, for a result of bf16 or of another kind."""
     return (
         ("GATE_UP", int(gate_up)),
@@ -198,27 +235,8 @@ def macros_of(config: GemmConfig, gate_up: bool, out: int = _BF16) -> tuple[tupl
         ("REGISTERS", config.registers),
         ("SHARED_BYTES", config.shared_bytes),
         ("OUT", out),
+        ("GROUPED", int(grouped)),
     )
-
-
-def _launch(kernel: Any, blocks: int, config: GemmConfig, arguments: bytes, stream: int) -> None:
-    """Launch with one argument, a structure; may begin before the launch in front of it has ended."""
-    from cuda.bindings import driver
-
-    launch = driver.CUlaunchConfig()
-    launch.gridDimX, launch.gridDimY, launch.gridDimZ = blocks, 1, 1
-    launch.blockDimX, launch.blockDimY, launch.blockDimZ = config.threads, 1, 1
-    launch.sharedMemBytes, launch.hStream = config.shared_bytes, stream
-    early, together = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
-    early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    early.value.programmaticStreamSerializationAllowed = 1
-    together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-    together.value.clusterDim.x, together.value.clusterDim.y, together.value.clusterDim.z = config.split, 1, 1
-    launch.attrs, launch.numAttrs = [early, together], 2
-    structure = ctypes.create_string_buffer(arguments, len(arguments))
-    pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
-    (status,) = driver.cuLaunchKernelEx(launch, driver.CUfunction(int(kernel.handle)), ctypes.addressof(pointers), 0)
-    _check(status, "cuLaunchKernelEx")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -261,10 +279,5 @@ def _tensor_map(
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    _check(status, f"cuTensorMapEncodeTiled of {sizes}")
+    check_status(status, f"cuTensorMapEncodeTiled of {sizes}")
     return ctypes.string_at(made.getPtr(), 128)
-
-
-def _check(status: Any, what: str) -> None:
-    if int(status):
-        raise UnsupportedError(what, "must succeed", status, "report it, and use backend='torch' meanwhile")

@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Words that the blocks of a launch hand each other through device memory: NOT_YET says that a word has not come.
-// A writer stores words, a reader asks again until they are others; nothing else orders the two. What is handed over: x and h as B fragments (Inbox reads them), and amax.
+// A writer stores words, a reader asks again until they are others; nothing else orders the two.
 //
 // Launches on a mailbox follow each other. They use its two boxes in turn, and each empties the box of the next.
-// Needs HIDDEN, INTERMEDIATE, TOKENS, CONSUMERS and MAILBOX_BYTES.
+// Needs Box, what a launch hands over, and MAILBOX_BYTES; tile.cuh.
 
 constexpr u32 NOT_YET = 0xFFFFFFFF;  // as bf16 or fp32 a NaN that arithmetic does not give, and above all bits of |.|
-constexpr int X_STRIDE = (HIDDEN + 63) / 64 * 64, H_STRIDE = (INTERMEDIATE + 63) / 64 * 64;
 
-struct Box {
-    u32 x[TOKENS][X_STRIDE / 2];        // bf16 pairs, in the order of fragments
-    u32 h[TOKENS * H_STRIDE];           // the same where h comes finished, else fp32 in the order of channels
-    u32 amax[INTERMEDIATE / 8][TOKENS];  // of the 8 channels of a tile
-};
 struct alignas(128) Mailbox {
     u32 launches;  // that have ended
     alignas(128) Box boxes[2];
@@ -54,11 +48,6 @@ __device__ __forceinline__ void empty_share(Box& box) {
 
 // --- activations in the order of fragments ---------------------------------------------------------------------------
 
-// One token's share of a chunk: words 2 j, 2 j + 1 are the B operand of step j, columns 16 j + 2 c + {0, 1} and + {8, 9}.
-struct Fragment {
-    u32 b[8];
-};
-
 // In the order of fragments, where the pair of columns k, k + 1 of a token lies, in words: lane c's eight follow each other.
 __device__ __forceinline__ int pair_position(int k) { return k / 64 * 32 + k % 8 / 2 * 8 + k % 64 / 8; }
 
@@ -72,11 +61,9 @@ struct Inbox {
     const u32* row;  // of this lane's token; null: there is none, and its fragments are zero
     int column;      // of word 0 in stage 0
 
-    __device__ Inbox(const u32* rows, int stride, int tokens) {
-        const int lane = threadIdx.x % 32;
-        row = lane / 4 < tokens ? rows + lane / 4 * stride : nullptr;
-        column = threadIdx.x / 32 * 64 + lane % 4 * 2;
-    }
+    __device__ explicit Inbox(const u32* row) : row(row), column(threadIdx.x / 32 * 64 + threadIdx.x % 4 * 2) {}
+    __device__ Inbox(const u32* rows, int stride, int tokens)
+        : Inbox(threadIdx.x % 32 / 4 < tokens ? rows + threadIdx.x % 32 / 4 * stride : nullptr) {}
     __device__ __forceinline__ void look(int stage, Fragment& fragment) const {
         const int first = column + stage * CONSUMERS * 64;
         uint4 low = {}, high = {};
@@ -98,14 +85,70 @@ struct Inbox {
 #pragma unroll
         for (int stage = 0; stage < G::stages; stage++) look(stage, fragments[stage]);
     }
-    // Until all words of a stage are there. Every block asks at once, so only the lanes of token 0 ask again and again:
-    // the other tokens' words come with theirs.
-    __device__ __forceinline__ void await(int stage, Fragment& fragment) const {
+    // Until all words of a stage are there. Every block asks at once, so only the lanes of one token that has a row ask
+    // again and again: the other tokens' words come with theirs.
+    __device__ __forceinline__ void await(int stage, Fragment& fragment, int asker = 0) const {
         while (__any_sync(~0u, !is_there(fragment))) {
-            if (threadIdx.x % 32 < 4)
+            if (threadIdx.x % 32 / 4 == asker)
                 while (!is_there(fragment)) look(stage, fragment);
             __syncwarp();
             look(stage, fragment);
         }
     }
 };
+
+// From 16 consecutive columns in each lane of four to fragments: lane c gives its words to the lanes that multiply them.
+__device__ __forceinline__ void exchange(Fragment& fragment) {
+    u32 halves[2][4];  // words of the first and of the second 8 columns
+#pragma unroll
+    for (int i = 0; i < 8; i++) halves[i / 4][i % 4] = fragment.b[i];
+    transpose_quad(halves[0]), transpose_quad(halves[1]);
+#pragma unroll
+    for (int j = 0; j < 4; j++) fragment.b[2 * j] = halves[0][j], fragment.b[2 * j + 1] = halves[1][j];
+}
+
+// The consumers' raw columns, one token per group of four lanes; fp32 from the mailbox is awaited.
+template <class G, class Source>
+__device__ __forceinline__ void load_raw(const Source* source, int stride, int tokens, bool awaited,
+                                         Raw<Source> (&raw)[G::stages]) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, token = lane / 4;
+    bool all;
+    do {
+        all = true;
+#pragma unroll
+        for (int stage = 0; stage < G::stages; stage++) {
+            const int column = (stage * CONSUMERS + warp) * 64 + lane % 4 * BLOCK;
+            raw[stage] = Raw<Source>{};
+            if (token < tokens && column < G::columns) {
+                const Source* from = source + (size_t)token * stride + column;
+#pragma unroll
+                for (int i = 0; i < (int)sizeof(Source); i++) {
+                    const uint4 v = peek_16(reinterpret_cast<const uint4*>(from) + i);
+                    all = all && v.x != NOT_YET && v.y != NOT_YET && v.z != NOT_YET && v.w != NOT_YET;
+                    raw[stage].words[i] = v;
+                }
+            }
+        }
+    } while (awaited && !all);
+    __syncwarp();
+}
+
+// x as it is, in bf16.
+template <class G>
+__device__ __forceinline__ void enter_bf16(const Element* x, int tokens, Fragment (&fragments)[G::stages]) {
+    Raw<Element> raw[G::stages];
+    load_raw<G>(x, G::columns, tokens, false, raw);
+#pragma unroll
+    for (int stage = 0; stage < G::stages; stage++) {
+        if (is_bf16<Element>()) {
+#pragma unroll
+            for (int i = 0; i < 8; i++) fragments[stage].b[i] = reinterpret_cast<const u32*>(&raw[stage].words[0])[i];
+        } else {
+            float v[16];
+            unpack16(raw[stage], v);
+#pragma unroll
+            for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
+        }
+        exchange(fragments[stage]);
+    }
+}

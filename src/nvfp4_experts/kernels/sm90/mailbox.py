@@ -3,11 +3,14 @@
 
 A launch finds the mailbox as the launch before left it, so it may be used by launches that follow each other and by no
 others. Launches on different streams may run at once, and so may different graphs, which can be replayed anywhere:
-every stream, and every stream of a graph capture, that runs a shape has a mailbox of that shape, made on first use and
-kept for the life of the process (0.45 MB for V4-Pro).
+every stream, and every stream of a graph capture, has a mailbox of each size that runs there, made on first use and
+kept for the life of the process (V4-Pro: 0.45 MB, routed 0.88 MB). A launch empties all of a box, so kernels whose
+boxes have one size share it.
 
-    launches     that have ended, u32 in a line of 128 bytes, 0 at first
-    2 boxes      x (8, H) bf16, h (8, I) fp32, both in rows of whole chunks; amax (I / 8, 8) u32; all ones at first
+    launches     that have ended, u32 in a line of 128 bytes, 0 at first; of it the last bit counts
+    2 boxes      all ones at first
+                 decode.cu: x (8, H) bf16, h (8, I) fp32, both in rows of whole chunks; amax (I / 8, 8) u32
+                 routed_decode.cu: h (72, I) bf16, in rows of whole chunks
 """
 
 from __future__ import annotations
@@ -21,18 +24,31 @@ from ...layouts.fragments import COLUMNS
 from ..cuda.driver import allocate, capture_id, fill
 from ..cuda.workspace import indexed
 
+ROUTED_SLOTS = 72  # SLOTS of routed_decode.cu
 _TOKENS, _LINE, _NOT_YET = 8, 128, 0xFF
 
 
-def mailbox_bytes(hidden: int, intermediate: int) -> int:
-    """Size of one mailbox; mailbox.cuh asserts that it is."""
-    x, h = (-(-columns // COLUMNS) * COLUMNS for columns in (hidden, intermediate))
-    box = _TOKENS * (2 * x + 4 * h + 4 * (intermediate // 8))
+def decode_box(hidden: int, intermediate: int) -> int:
+    """Bytes of a box of decode.cu."""
+    return _TOKENS * (2 * _whole(hidden) + 4 * _whole(intermediate) + 4 * (intermediate // 8))
+
+
+def routed_box(intermediate: int) -> int:
+    """Bytes of a box of routed_decode.cu."""
+    return ROUTED_SLOTS * 2 * _whole(intermediate)
+
+
+def mailbox_bytes(box: int) -> int:
+    """Size of one mailbox with boxes of that size; mailbox.cuh asserts that it is."""
     return _LINE + -(-2 * box // _LINE) * _LINE
 
 
+def _whole(columns: int) -> int:
+    return -(-columns // COLUMNS) * COLUMNS
+
+
 class Mailboxes:
-    """Those of one device and shape."""
+    """Those of one device and size."""
 
     def __init__(self, device: torch.device, size: int) -> None:
         self._device, self._size = device, size
@@ -67,21 +83,20 @@ class Mailboxes:
         return mailbox
 
 
-def mailboxes(device: torch.device, hidden: int, intermediate: int) -> Mailboxes:
-    """The mailboxes of a device and shape."""
+def mailboxes(device: torch.device, box: int) -> Mailboxes:
+    """The mailboxes of a device with boxes of a size."""
     device = indexed(device)
     with _lock:
-        key = (device, hidden, intermediate)
-        if key not in _all:
-            _all[key] = Mailboxes(device, mailbox_bytes(hidden, intermediate))
-        return _all[key]
+        if (device, box) not in _all:
+            _all[device, box] = Mailboxes(device, mailbox_bytes(box))
+        return _all[device, box]
 
 
 def all_bytes(device: torch.device) -> int:
-    """Bytes of mailboxes on a device, over all shapes, streams and captures."""
+    """Bytes of mailboxes on a device, over all sizes, streams and captures."""
     with _lock:
         return sum(made.nbytes for (owner, *_), made in _all.items() if owner == indexed(device))
 
 
-_all: dict[tuple[torch.device, int, int], Mailboxes] = {}
+_all: dict[tuple[torch.device, int], Mailboxes] = {}
 _lock = threading.Lock()

@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+// Routed experts for up to 8 tokens in one launch, and a shared expert beside them. A group is an expert and the tokens
+// that chose it; the shared expert and all tokens are the first group, where there is one.
+//
+//   h of group g    = silu(min(x @ W1.T, L)) * clamp(x @ W3.T, -L, L), times the routing weight
+//   rows of group g = h @ W2.T
+//   y[t]            = ((0 + row of slot 0) + row of slot 1) + ... + row of the shared expert + addend[t]
+//
+// The tokens are the 8 columns of every product, whoever chose the expert: columns cost nothing, and x stays in registers
+// from one expert to the next. All blocks go through the groups in one order, L1 of all, then L2 of all: when the first
+// group's h is asked for, it has long been there. A block keeps the rows of its tiles in shared memory until the last.
+//
+// Floor: 0.5625 bytes * 3 HI read for each group.
+// Compiled with -D: HIDDEN, INTERMEDIATE, ELEMENT (of x), RESULT (of y; 0 bf16, 1 fp16, 2 fp32), INDEX (0 int32, 1 int64),
+// TILES (of L2, of a block, at most), STAGES, SHARED_BYTES, MAILBOX_BYTES.
+
+#include "common.cuh"
+#include "async.cuh"
+#include "tile.cuh"
+
+#if RESULT == 0
+typedef BFloat16 Result;
+#elif RESULT == 1
+typedef Float16 Result;
+#else
+typedef Float32 Result;
+#endif
+#if INDEX == 1
+typedef long long Index;
+#else
+typedef int Index;
+#endif
+
+using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
+using L2 = Gemm<HIDDEN, INTERMEDIATE>;
+
+constexpr int CHOICES = 64, SLOTS = CHOICES + TOKENS, GROUPS = CHOICES + 1;  // the shared expert's slots come last
+constexpr int H_STRIDE = (INTERMEDIATE + 63) / 64 * 64;
+constexpr unsigned char NOBODY = 255;
+
+struct Box {
+    u32 h[SLOTS][H_STRIDE / 2];  // bf16 pairs, in the order of fragments
+};
+#include "mailbox.cuh"
+
+struct Expert {
+    const unsigned char *gate_up, *down;
+    const float *gate_up_scales, *down_scale;
+};
+
+struct Arguments {
+    const Element* x;
+    const Index* indices;  // (tokens, top_k)
+    const float* weights;  // (tokens, top_k)
+    Expert routed;         // of the first; those of the others follow
+    Expert shared;         // null where there is none
+    const float* addend;   // (tokens, HIDDEN) or null
+    Mailbox* mailbox;
+    Result* y;
+    int tokens, top_k, experts, before_down;
+    float limit;
+};
+
+struct Group {
+    const unsigned char *gate_up, *down;
+    float gate_scale, up_scale, down_scale;
+    int asker;                     // a token that is in it
+    unsigned char slots[TOKENS];   // NOBODY: the token is not in it
+};
+
+struct Shared {
+    Pipeline pipeline;
+    float rows[TILES][SLOTS][16];
+    Group groups[GROUPS];
+    int group_count, box;  // box: of the mailbox, this launch's
+    int expert_of_slot[CHOICES], key_of_slot[CHOICES];  // expert -1: not here
+    float weight_of_slot[SLOTS];
+    u64 has_groups;
+};
+static_assert(sizeof(Shared) <= SHARED_BYTES, "routed_decode.py allocates as much");
+
+__device__ __forceinline__ Expert expert_at(const Expert& first, size_t index) {
+    return {first.gate_up + index * (L1::tiles * L1::tile_bytes), first.down + index * (L2::tiles * L2::tile_bytes),
+            first.gate_up_scales + index * 2, first.down_scale + index};
+}
+
+// Slots to groups, by one warp. Who names an expert twice has it in two groups.
+__device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& shared) {
+    const int lane = threadIdx.x % 32, top_k = arguments.top_k, slots = arguments.tokens * top_k;
+    const int routed = arguments.shared.gate_up ? 1 : 0;  // the first group of a routed expert
+    constexpr int EACH = CHOICES / 32;
+    int key[EACH], first[EACH];
+#pragma unroll
+    for (int n = 0; n < EACH; n++) {
+        const int slot = n * 32 + lane;
+        const Index found = slot < slots ? __ldcg(arguments.indices + slot) : -1;
+        shared.expert_of_slot[slot] = found >= 0 && found < arguments.experts ? (int)found : -1;
+        if (slot < slots) shared.weight_of_slot[slot] = arguments.before_down ? __ldcg(arguments.weights + slot) : 1.0f;
+        if (slot < TOKENS) shared.weight_of_slot[slots + slot] = 1.0f;
+    }
+    for (int i = lane; i < GROUPS * TOKENS; i += 32) shared.groups[i / TOKENS].slots[i % TOKENS] = NOBODY;
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < EACH; n++) {
+        const int slot = n * 32 + lane, expert = shared.expert_of_slot[slot];
+        key[n] = expert, first[n] = slot;
+        for (int other = slot / top_k * top_k; other < slot && expert >= 0; other++)
+            if (shared.expert_of_slot[other] == expert) key[n] += arguments.experts;
+        shared.key_of_slot[slot] = key[n];
+    }
+    __syncwarp();
+    for (int other = slots - 1; other >= 0; other--) {
+        const int key_of_other = shared.key_of_slot[other];
+#pragma unroll
+        for (int n = 0; n < EACH; n++)
+            if (other < n * 32 + lane && key_of_other == key[n]) first[n] = other;
+    }
+    u32 leaders[EACH];
+#pragma unroll
+    for (int n = 0; n < EACH; n++) leaders[n] = __ballot_sync(~0u, key[n] >= 0 && first[n] == n * 32 + lane);
+#pragma unroll
+    for (int n = 0; n < EACH; n++) {
+        const int slot = n * 32 + lane, leader = first[n];
+        if (key[n] < 0) continue;
+        const u32 before = (1u << leader % 32) - 1;
+        const int group = routed + (leader < 32 ? __popc(leaders[0] & before) : __popc(leaders[0]) + __popc(leaders[1] & before));
+        Group& mine = shared.groups[group];
+        mine.slots[slot / top_k] = slot;
+        if (leader != slot) continue;
+        const Expert expert = expert_at(arguments.routed, shared.expert_of_slot[slot]);
+        mine.gate_up = expert.gate_up, mine.down = expert.down, mine.asker = slot / top_k;
+        mine.gate_scale = expert.gate_up_scales[0], mine.up_scale = expert.gate_up_scales[1];
+        mine.down_scale = *expert.down_scale;
+    }
+    if (routed) {
+        Group& all = shared.groups[0];
+        const Expert& expert = arguments.shared;
+        if (lane < arguments.tokens) all.slots[lane] = slots + lane;
+        if (lane == 0) {
+            all.gate_up = expert.gate_up, all.down = expert.down, all.asker = 0;
+            all.gate_scale = expert.gate_up_scales[0], all.up_scale = expert.gate_up_scales[1];
+            all.down_scale = *expert.down_scale;
+        }
+    }
+    __syncwarp();
+    if (lane == 0) {
+        shared.group_count = routed + __popc(leaders[0]) + __popc(leaders[1]);
+        shared.box = launch_number(*arguments.mailbox) % 2;
+        barrier_arrive(shared_address(&shared.has_groups));
+    }
+}
+
+// This block's tiles of L1: visit(group, tile), group by group.
+template <class Visit>
+__device__ __forceinline__ void each_tile(int group, int groups, Visit visit) {
+    for (int i = group * L1::tiles + blockIdx.x; i < groups * L1::tiles; i += gridDim.x) visit(i / L1::tiles, i % L1::tiles);
+}
+
+// h of a tile, rows g = lane / 4 and tokens 2 c, 2 c + 1, to the mailbox.
+__device__ __forceinline__ void post_h(int tile, const unsigned char (&slots)[TOKENS], const float (&h)[2], Box& box) {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    // Whole words: lanes of even rows take token 2 c, of odd rows 2 c + 1, and give the other to their neighbour.
+    const bool odd = g % 2;
+    const float got = __shfl_xor_sync(~0u, odd ? h[0] : h[1], 4);
+    const u32 pair = odd ? bf16_pair(got, h[1]) : bf16_pair(h[0], got);
+    const int slot = slots[lane % 4 * 2 + odd];
+    if (slot != NOBODY) post(&box.h[slot][pair_position(tile * 8 + g - odd)], pair);
+}
+
+// A token's rows of this block's tiles, in the order of its slots.
+__device__ __forceinline__ void add_slots(const Arguments& arguments, const Shared& shared) {
+    const int lane = threadIdx.x % 32, top_k = arguments.top_k;
+    for (int tile = blockIdx.x, i = 0; tile < L2::tiles; tile += gridDim.x, i++) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int token = lane % 4 * 2 + n % 2, row = lane / 4 + n / 2 * 8;
+            if (token >= arguments.tokens) continue;
+            const size_t at = (size_t)token * HIDDEN + tile * 16 + row;
+            float sum = 0.0f;
+            for (int slot = token * top_k; slot < (token + 1) * top_k; slot++)
+                if (shared.expert_of_slot[slot] >= 0) {
+                    const float weight = arguments.before_down ? 1.0f : __ldcg(arguments.weights + slot);
+                    sum += shared.rows[i][slot][row] * weight;
+                }
+            if (arguments.shared.gate_up) sum += shared.rows[i][arguments.tokens * top_k + token][row];
+            if (arguments.addend) sum += __ldcg(arguments.addend + at);
+            store(arguments.y + at, sum);
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(const __grid_constant__ Arguments arguments) {
+    extern __shared__ __align__(128) unsigned char memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(memory);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
+    if (threadIdx.x == 0) {
+        make_pipeline(shared.pipeline);
+        barrier_init(shared_address(&shared.has_groups), 1);
+        barriers_are_made();
+    }
+    __syncthreads();
+    let_next_launch_begin();
+    if (warp != PRODUCER) wait_for_launch_before();
+    auto group_count = [&] {
+        barrier_wait(shared_address(&shared.has_groups), 0);
+        return shared.group_count;
+    };
+
+    if (warp >= CONSUMERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+        if (warp == COPIER) {
+            find_groups(arguments, shared);
+        } else if (warp == PRODUCER && lane == 0) {
+            Ring<STAGES> ring;
+            const unsigned char* always = arguments.shared.gate_up;  // does not depend on what ran before; all else may
+            if (always)
+                each_tile(0, 1, [&](int, int tile) {
+                    produce_tile<L1>(always + (size_t)tile * L1::tile_bytes, shared.pipeline, ring);
+                });
+            const int groups = group_count();
+            // Tiles go on where the shared expert's ended.
+            for (int i = blockIdx.x; i < groups * L1::tiles; i += gridDim.x) {
+                if (always && i < L1::tiles) continue;
+                const unsigned char* from = shared.groups[i / L1::tiles].gate_up;
+                produce_tile<L1>(from + (size_t)(i % L1::tiles) * L1::tile_bytes, shared.pipeline, ring);
+            }
+            for (int group = 0; group < groups; group++)
+                for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
+                    produce_tile<L2>(shared.groups[group].down + (size_t)tile * L2::tile_bytes, shared.pipeline, ring);
+        } else if (warp == REDUCER) {
+            const int token = lane % 4 * 2, row = lane / 4, groups = group_count();
+            Box& box = arguments.mailbox->boxes[shared.box];
+            if (groups) empty_share(arguments.mailbox->boxes[1 - shared.box]);
+            Ring<2> partial;
+            each_tile(0, groups, [&](int group, int tile) {
+                const float4 sum = reduce_tile(shared.pipeline, partial);
+                const Group& of = shared.groups[group];
+                float h[2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const int slot = of.slots[token + i];
+                    const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
+                    h[i] = swiglu(gate * of.gate_scale, up * of.up_scale, arguments.limit);
+                    if (slot != NOBODY) h[i] *= shared.weight_of_slot[slot];
+                }
+                post_h(tile, of.slots, h, box);
+            });
+            for (int group = 0; group < groups; group++) {
+                const Group& of = shared.groups[group];
+                for (int tile = blockIdx.x, n = 0; tile < L2::tiles; tile += gridDim.x, n++) {
+                    const float4 sum = reduce_tile(shared.pipeline, partial);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        const int slot = of.slots[token + i];
+                        if (slot == NOBODY) continue;
+                        shared.rows[n][slot][row] = (i ? sum.y : sum.x) * UNPACKED * of.down_scale;
+                        shared.rows[n][slot][row + 8] = (i ? sum.w : sum.z) * UNPACKED * of.down_scale;
+                    }
+                }
+            }
+            add_slots(arguments, shared);
+            // This block has a word of each; with no group it has not, but then nothing was handed over.
+            if (groups && blockIdx.x == 0 && lane == 0) arguments.mailbox->launches = 1 - shared.box;
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
+        const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
+        Ring<STAGES> ring;
+        Ring<2> partial;
+        {
+            Fragment fragments[L1::stages];
+            enter_bf16<L1>(arguments.x, arguments.tokens, fragments);
+            each_tile(0, group_count(), [&](int, int) {
+                consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, [](int) {});
+            });
+        }
+        const int groups = shared.group_count;
+        const Box& box = arguments.mailbox->boxes[shared.box];
+        auto inbox_of = [&](int group) {
+            const int slot = shared.groups[group].slots[lane / 4];
+            return Inbox<L2>(slot == NOBODY ? nullptr : box.h[slot]);
+        };
+        Fragment fragments[L2::stages], upcoming[L2::stages];
+        if (groups) inbox_of(0).look_at_all(upcoming);
+        for (int group = 0; group < groups; group++) {
+#pragma unroll
+            for (int stage = 0; stage < L2::stages; stage++) fragments[stage] = upcoming[stage];
+            if (group + 1 < groups) inbox_of(group + 1).look_at_all(upcoming);
+            const Inbox<L2> inbox = inbox_of(group);
+            for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
+                consume_tile<L2>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
+                    if (tile == blockIdx.x) inbox.await(stage, fragments[stage], shared.groups[group].asker);
+                });
+        }
+    }
+}
