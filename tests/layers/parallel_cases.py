@@ -49,10 +49,12 @@ def routed_experts(mode: tuple[str, str], experts: int = E, **options: Any) -> N
 
 
 def routing(tokens: int, top_k: int = K, experts: int = E, seed: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """x, indices and weights; some indices are outside of [0, E)."""
+    """x, indices and weights; some indices are outside of [0, E), and those of the largest token all are."""
     g = torch.Generator().manual_seed(seed)
     indices = torch.rand(tokens, experts + 2, generator=g).argsort(-1)[:, :top_k] - 1
-    return draw(seed, tokens, H) * 5, indices, torch.rand(tokens, top_k, generator=g)
+    x = draw(seed, tokens, H) * 5
+    indices[0], x[0] = -1, 4 * x[0]  # "dynamic" looks at it, wherever its rows do not go
+    return x, indices, torch.rand(tokens, top_k, generator=g)
 
 
 def in_rank_order(parts: list[Tensor]) -> Tensor:
