@@ -91,13 +91,26 @@ class Routing:
         indices: (T, k) int32 or int64, contiguous; outside [0, E): not here.
         weights: (T, k) fp32, contiguous.
         weighting: one of WEIGHTINGS: whether weights multiply h (fp32, before it enters) or what down makes of it.
-        addend: (T, H) fp32, added to a token's sum after its slots, as a shared expert's result is; or None.
     """
 
     indices: Tensor
     weights: Tensor
     weighting: str
-    addend: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A shared expert that runs with routed ones: added to every token's sum after its slots, unweighted.
+
+    Args:
+        backend: whose `pack` made the weights.
+        weights: in its order.
+        call: its options.
+    """
+
+    backend: Backend
+    weights: list[Tensor]
+    call: Call
 
 
 class Backend(Protocol):
@@ -149,6 +162,12 @@ class RoutedBackend(Protocol):
 
         Static scales in `call` are (E,) fp32.
         """
+
+    def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
+        """What `prepare` does, for what `moe` needs beside."""
+
+    def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
+        """`routed_experts` and a shared expert: the fp32 sum of a token's slots, plus the fp32 result of the other."""
 
 
 @functools.cache

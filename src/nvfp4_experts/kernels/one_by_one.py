@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..formats.stack import Nvfp4Stack
-from .dispatch import Backend, Call, Problem, Routing
+from .dispatch import Backend, Beside, Call, Problem, Routing
 
 
 class StackedExperts:
@@ -49,6 +49,19 @@ class StackedExperts:
 
     def scratch_bytes(self, device: torch.device) -> int:
         return self.one.scratch_bytes(device)
+
+    def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
+        raise NotImplementedError
+
+    def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
+        pass
+
+    def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
+        """One after the other."""
+        total, more = (torch.empty(x.shape, device=x.device) for _ in range(2))
+        self.routed_experts(x, weights, routing, call, total)
+        beside.backend.shared_expert(x, beside.weights, beside.call, more)
+        out.copy_(total.add_(more))
 
 
 def hit_experts(routing: Routing, experts: int) -> Iterator[tuple[int, Tensor]]:

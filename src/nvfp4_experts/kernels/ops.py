@@ -4,6 +4,7 @@
     shared_expert(x, weights, ...) -> y          a tensor of the caller's own
     shared_expert_out(x, weights, ..., out)      the same into the caller's tensor, which may be fp32
     routed_experts, routed_experts_out           the same with indices and weights of each token
+    moe, moe_out                                 routed experts and a shared one, added before the sum is rounded
     hidden_states(x, gate, up, limit) -> h       the layer's first half, for calibration; an ordinary function
 
 `weights` are what the named backend's `pack` made, in its order; `reference.py` says what is computed.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from ..formats.nvfp4 import Nvfp4Tensor
 from . import tiled
-from .dispatch import Call, Routing, get_backend, get_routed_backend
+from .dispatch import Beside, Call, Routing, get_backend, get_routed_backend
 
 _CALIBRATION_TILE = 1 << 20
 
@@ -110,6 +111,80 @@ def _routed_experts_out(
     get_routed_backend(backend).routed_experts(x, weights, Routing(indices, topk_weights, weighting), call, out)
 
 
+def _moe(
+    x: Tensor,
+    weights: list[Tensor],
+    indices: Tensor,
+    topk_weights: Tensor,
+    input_scale: Tensor | None,
+    hidden_scale: Tensor | None,
+    swiglu_limit: float,
+    activations: str,
+    activation_scale: str,
+    weighting: str,
+    backend: str,
+    shared_weights: list[Tensor],
+    shared_input_scale: Tensor | None,
+    shared_hidden_scale: Tensor | None,
+    shared_swiglu_limit: float,
+    shared_activations: str,
+    shared_activation_scale: str,
+    shared_backend: str,
+) -> Tensor:
+    out = _like_x(x)
+    _moe_out(
+        x,
+        weights,
+        indices,
+        topk_weights,
+        input_scale,
+        hidden_scale,
+        swiglu_limit,
+        activations,
+        activation_scale,
+        weighting,
+        backend,
+        shared_weights,
+        shared_input_scale,
+        shared_hidden_scale,
+        shared_swiglu_limit,
+        shared_activations,
+        shared_activation_scale,
+        shared_backend,
+        out,
+    )
+    return out
+
+
+def _moe_out(
+    x: Tensor,
+    weights: list[Tensor],
+    indices: Tensor,
+    topk_weights: Tensor,
+    input_scale: Tensor | None,
+    hidden_scale: Tensor | None,
+    swiglu_limit: float,
+    activations: str,
+    activation_scale: str,
+    weighting: str,
+    backend: str,
+    shared_weights: list[Tensor],
+    shared_input_scale: Tensor | None,
+    shared_hidden_scale: Tensor | None,
+    shared_swiglu_limit: float,
+    shared_activations: str,
+    shared_activation_scale: str,
+    shared_backend: str,
+    out: Tensor,
+) -> None:
+    call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
+    options = shared_swiglu_limit, shared_activations, shared_activation_scale
+    of_shared = Call(*options, shared_input_scale, shared_hidden_scale)
+    beside = Beside(get_backend(shared_backend), shared_weights, of_shared)
+    routing = Routing(indices, topk_weights, weighting)
+    get_routed_backend(backend).moe(x, weights, routing, call, beside, out)
+
+
 def _like_x(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -119,6 +194,8 @@ shared_expert = _register("shared_expert", _shared_expert, _like_x)
 shared_expert_out = _register("shared_expert_out", _shared_expert_out, lambda *_: None, writes="out")
 routed_experts = _register("routed_experts", _routed_experts, _like_x)
 routed_experts_out = _register("routed_experts_out", _routed_experts_out, lambda *_: None, writes="out")
+moe = _register("moe", _moe, _like_x)
+moe_out = _register("moe_out", _moe_out, lambda *_: None, writes="out")
 
 
 def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: float) -> Tensor:

@@ -7,6 +7,8 @@ y                = (sum over slots of routed experts) + shared(x)        fp32, r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -33,10 +35,12 @@ class Nvfp4MoE(nn.Module):
 
     Numerics: the routed sum and the shared expert's result are fp32, added in this order and rounded once.
 
-    Cost: that of its parts, and (with a shared expert) two fp32 results. Inference only.
+    Cost: that of its parts; on a GPU in one launch where tokens are few. Inference only.
     """
 
     def __init__(self, router: nn.Module, routed: Nvfp4RoutedExperts, shared: Nvfp4SharedExpert | None = None) -> None:
+        self.routed: nn.Module
+        self.shared: nn.Module | None
         super().__init__()
         sizes = {"routed": routed.hidden_size}
         if shared is not None:
@@ -53,6 +57,7 @@ class Nvfp4MoE(nn.Module):
         if len(set(sizes.values())) > 1:
             raise LayoutError("parts", "must have one hidden size", sizes, "build them from one layer's weights")
         self.router, self.routed, self.shared = router, routed, shared
+        self._prepare()
 
     def forward(self, x: Tensor, token_ids: Tensor | None = None, out: Tensor | None = None) -> Tensor:
         """Run the block.
@@ -79,6 +84,17 @@ class Nvfp4MoE(nn.Module):
         indices, weights = self.router(x, token_ids)
         if self.shared is None:
             return self.routed(x, indices, weights, out)
+        if isinstance(self.routed, Nvfp4RoutedExperts) and isinstance(self.shared, Nvfp4SharedExpert):
+            return self.routed.with_shared(x, indices, weights, self.shared, out)
         total = self.routed(x, indices, weights, torch.empty(x.shape, device=x.device))
         total += self.shared(x, torch.empty_like(total))
         return total.to(x.dtype) if out is None else out.copy_(total)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Nvfp4MoE:
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def _prepare(self) -> None:
+        if isinstance(self.routed, Nvfp4RoutedExperts) and isinstance(self.shared, Nvfp4SharedExpert):
+            self.routed.prepare_with(self.shared)

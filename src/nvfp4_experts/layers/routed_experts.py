@@ -29,6 +29,7 @@ from .checks import (
     checked_scale,
 )
 from .packed import NoBackward, PackedModule
+from .shared_expert import Nvfp4SharedExpert
 
 Weights = Tensor | Nvfp4Stack | Sequence[Nvfp4Tensor]
 
@@ -141,19 +142,7 @@ class Nvfp4RoutedExperts(PackedModule):
         self._check_call(x, topk_indices, topk_weights, out)
         if x.numel() == 0:
             return torch.empty_like(x) if out is None else out
-        arguments = (
-            x.reshape(-1, self.hidden_size).contiguous(),
-            self._weights(),
-            topk_indices.reshape(-1, topk_indices.shape[-1]).contiguous(),
-            topk_weights.reshape(-1, topk_weights.shape[-1]).float().contiguous(),
-            self._input_scale,
-            self._hidden_scale,
-            self.swiglu_limit,
-            self.activations,
-            self.activation_scale,
-            self.weighting,
-            self.backend,
-        )
+        arguments = self._arguments(x, topk_indices, topk_weights)
         if out is None:
             y = ops.routed_experts(*arguments).view(x.shape)
             wants_grad = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
@@ -172,6 +161,30 @@ class Nvfp4RoutedExperts(PackedModule):
         other.top_k = checked_count("top_k", top_k, "give the most experts that a token has")
         other._prepare(self._weights()[0].device)
         return other
+
+    def with_shared(
+        self,
+        x: Tensor,
+        topk_indices: Tensor,
+        topk_weights: Tensor,
+        shared: Nvfp4SharedExpert,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As `forward`, plus what the shared expert gives for x, unweighted, before the sum is rounded."""
+        self._check_call(x, topk_indices, topk_weights, out)
+        shared.check_call(x, None)
+        if x.numel() == 0:
+            return torch.empty_like(x) if out is None else out
+        arguments = *self._arguments(x, topk_indices, topk_weights), *shared.arguments
+        if out is None:
+            return ops.moe(*arguments).view(x.shape)
+        ops.moe_out(*arguments, out.view(-1, self.hidden_size))
+        return out
+
+    def prepare_with(self, shared: Nvfp4SharedExpert) -> None:
+        """Do what the first call of `with_shared` would otherwise have to."""
+        device = self._weights()[0].device
+        self._kernels(self.backend).prepare_moe(shared.problem, device, self.max_tokens)
 
     @property
     def gate(self) -> Nvfp4Stack:
@@ -199,6 +212,21 @@ class Nvfp4RoutedExperts(PackedModule):
         return self._hidden_scale
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    def _arguments(self, x: Tensor, indices: Tensor, weights: Tensor) -> tuple[Any, ...]:
+        return (
+            x.reshape(-1, self.hidden_size).contiguous(),
+            self._weights(),
+            indices.reshape(-1, indices.shape[-1]).contiguous(),
+            weights.reshape(-1, weights.shape[-1]).float().contiguous(),
+            self._input_scale,
+            self._hidden_scale,
+            self.swiglu_limit,
+            self.activations,
+            self.activation_scale,
+            self.weighting,
+            self.backend,
+        )
 
     def _problem(self, device: torch.device) -> Problem:
         sizes = self.hidden_size, self.intermediate_size

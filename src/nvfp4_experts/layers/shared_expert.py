@@ -125,14 +125,34 @@ class Nvfp4SharedExpert(PackedModule):
             InputError: x or out does not fit; nothing has been computed.
             CalibrationError: static scales asked for and there are none.
         """
-        self._check_call(x, out)
+        self.check_call(x, out)
         return self._run(x, out)
 
     def _run(self, x: Tensor, out: Tensor | None) -> Tensor:
         if x.numel() == 0:
             return torch.empty_like(x) if out is None else out
-        arguments = (
-            x.reshape(-1, self.hidden_size).contiguous(),
+        arguments = x.reshape(-1, self.hidden_size).contiguous(), *self.arguments
+        if out is None:
+            y = ops.shared_expert(*arguments).view(x.shape)
+            return NoBackward.apply(y, "shared expert") if x.requires_grad and torch.is_grad_enabled() else y
+        ops.shared_expert_out(*arguments, out.view(-1, self.hidden_size))
+        return out
+
+    def check_call(self, x: Tensor, out: Tensor | None, needs_static: bool = True) -> None:
+        """Raise what `forward` raises for these arguments."""
+        check_hidden_states(x, self.hidden_size, self.max_tokens, self._weights()[0].device)
+        if out is not None:
+            check_out(x, out)
+        if needs_static:
+            self._check_static_scales(
+                "call calibrate() on typical hidden states, or load a checkpoint with input scales (or pass "
+                'input_scale and hidden_scale), or choose activation_scale="dynamic" or "per_token"'
+            )
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """What the op takes beside x, in its order."""
+        return (
             self._weights(),
             self._input_scale,
             self._hidden_scale,
@@ -141,11 +161,11 @@ class Nvfp4SharedExpert(PackedModule):
             self.activation_scale,
             self.backend,
         )
-        if out is None:
-            y = ops.shared_expert(*arguments).view(x.shape)
-            return NoBackward.apply(y, "shared expert") if x.requires_grad and torch.is_grad_enabled() else y
-        ops.shared_expert_out(*arguments, out.view(-1, self.hidden_size))
-        return out
+
+    @property
+    def problem(self) -> Problem:
+        """What this layer is to a backend, on the device it is on."""
+        return self._problem(self._weights()[0].device)
 
     @torch.no_grad()
     def calibrate(self, x: Tensor, percentile: float | None = None) -> Tensor:
@@ -165,7 +185,7 @@ class Nvfp4SharedExpert(PackedModule):
         Numerics: the activation mode in force does not change; ask for activation_scale="static" to use the scales.
             Not for concurrent use: of two calls at the same time, one may lose what the other saw.
         """
-        self._check_call(x, None, needs_static=False)
+        self.check_call(x, None, needs_static=False)
         rows = x.reshape(-1, self.hidden_size)
         gate, up, _ = self._projections()
         input_scale = observed_scale("hidden states", rows, percentile, self._input_scale)
@@ -210,16 +230,6 @@ class Nvfp4SharedExpert(PackedModule):
 
     def _checked_scale(self, name: str, scale: float | Tensor | None, device: torch.device) -> Tensor | None:
         return checked_scale(name, scale, device)
-
-    def _check_call(self, x: Tensor, out: Tensor | None, needs_static: bool = True) -> None:
-        check_hidden_states(x, self.hidden_size, self.max_tokens, self._weights()[0].device)
-        if out is not None:
-            check_out(x, out)
-        if needs_static:
-            self._check_static_scales(
-                "call calibrate() on typical hidden states, or load a checkpoint with input scales (or pass "
-                'input_scale and hidden_scale), or choose activation_scale="dynamic" or "per_token"'
-            )
 
     def extra_repr(self) -> str:
         return (

@@ -40,6 +40,18 @@ __device__ __forceinline__ void barrier_arrive(Address barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// A warp that has done something together arrives through one lane. racecheck follows each lane by itself: compiled for it,
+// all arrive.
+#ifdef EVERY_LANE_ARRIVES
+constexpr u32 WARP_ARRIVALS = 32;
+#else
+constexpr u32 WARP_ARRIVALS = 1;
+#endif
+__device__ __forceinline__ void barrier_arrive_warp(Address barrier) {
+    __syncwarp();
+    if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
+}
+
 // The phase completes when these bytes have arrived too.
 __device__ __forceinline__ void barrier_expect(Address barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -84,14 +84,20 @@ class Sm90Backend:
             else:
                 modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
                 sizes = problem.hidden, problem.intermediate
-                compile_all(("decode.cu", _decode_macros(*sizes, mode, torch.bfloat16)) for mode in modes)
-                for mode in modes:
-                    _decode_kernel(*sizes, mode, torch.bfloat16, device)
-                gemm.prepare(problem, device, max_tokens)
+                self.prepare_result(problem, device, max_tokens, torch.bfloat16)
                 layouts = [list(gemm.scratch(mode, *sizes, max_tokens, torch.bfloat16).values()) for mode in modes]
                 reserve(device, max(bytes_of(parts) for parts in layouts))
                 mailboxes(device, decode_box(*sizes)).current()
         torch.cuda.synchronize(device)
+
+    def prepare_result(self, problem: Problem, device: torch.device, max_tokens: int, result: torch.dtype) -> None:
+        """Compile and load what a call runs for bf16 hidden states and a result of that dtype; not for "fp8"."""
+        modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
+        kinds = [(problem.hidden, problem.intermediate, mode, torch.bfloat16, result) for mode in modes]
+        compile_all(("decode.cu", _decode_macros(*kind)) for kind in kinds)
+        for kind in kinds:
+            _decode_kernel(*kind, device)
+        gemm.prepare(problem, device, max_tokens, result)
 
     def scratch_bytes(self, device: torch.device) -> int:
         return scratch_bytes(device) + all_bytes(device)
@@ -113,7 +119,7 @@ class Sm90Backend:
             elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):
                 gemm.shared_expert(x, weights, call, size, out)
             else:
-                decode(x.to(out.dtype), weights, call, size, out)  # one dtype for both; in fp32 x is the same values
+                decode(x, weights, call, size, out)
 
 
 def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
@@ -121,7 +127,7 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
     from cuda.core import LaunchConfig, launch
 
     mode = call.activation_scale if call.activations == "nvfp4" else call.activations
-    kernel = _decode_kernel(x.shape[1], size, mode, x.dtype, x.device)
+    kernel = _decode_kernel(x.shape[1], size, mode, x.dtype, out.dtype, x.device)
     # Cooperative: all blocks resident or none, since they wait for each other. Serialisation relaxed: the weights of
     # this launch start to arrive while the kernel before it ends.
     config = LaunchConfig(
@@ -173,14 +179,18 @@ def _blocks(intermediate: int, device: torch.device) -> int:
     return min((target_of(device).multiprocessors or 2) // 2 * 2, intermediate // 8)
 
 
-def _decode_kernel(hidden: int, intermediate: int, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
-    macros = _decode_macros(hidden, intermediate, mode, dtype)
+def _decode_kernel(
+    hidden: int, intermediate: int, mode: str, dtype: torch.dtype, result: torch.dtype, device: torch.device
+) -> Any:
+    macros = _decode_macros(hidden, intermediate, mode, dtype, result)
     return load_kernel("shared_expert_decode", "decode.cu", macros, device, _shared_bytes(hidden, dtype))
 
 
-def _decode_macros(hidden: int, intermediate: int, mode: str, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+def _decode_macros(
+    hidden: int, intermediate: int, mode: str, dtype: torch.dtype, result: torch.dtype
+) -> tuple[tuple[str, int], ...]:
     sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
-    kinds = (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]))
+    kinds = (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", _ELEMENT[dtype]), ("RESULT", _ELEMENT[result]))
     room = (
         ("SHARED_BYTES", _shared_bytes(hidden, dtype)),
         ("MAILBOX_BYTES", mailbox_bytes(decode_box(hidden, intermediate))),

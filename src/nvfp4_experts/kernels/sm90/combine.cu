@@ -4,7 +4,7 @@
 //   y[t] = ((0 + row of slot 0) + row of slot 1) + ... [+ addend[t]]        fp32, rounded once
 //
 // Floor: rows and addend read once, y written once.
-// Compiled with -D: ELEMENT (of y: 0 bf16, 1 fp16, 2 fp32).
+// Compiled with -D: RESULT (of y: 0 bf16, 1 fp16, 2 fp32).
 
 #include "common.cuh"
 #include "async.cuh"
@@ -14,7 +14,7 @@ constexpr int THREADS = 256;
 // rows (.., hidden), addend (tokens, hidden) or null; four columns a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_slots(const float4* __restrict__ rows, const int* __restrict__ row_of_slot, const float4* __restrict__ addend,
-              int top_k, int hidden, Element* __restrict__ y) {
+              int top_k, int hidden, Result* __restrict__ y) {
     let_next_launch_begin();
     const int token = blockIdx.x, pieces = hidden / 4, i = blockIdx.y * THREADS + threadIdx.x;
     wait_for_launch_before();
@@ -30,6 +30,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         if (row >= 0) add(rows + (size_t)row * pieces);
     }
     if (addend) add(addend + (size_t)token * pieces);
-    Element* to = y + ((size_t)token * pieces + i) * 4;
+    Result* to = y + ((size_t)token * pieces + i) * 4;
     store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
 }

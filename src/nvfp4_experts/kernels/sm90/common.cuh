@@ -16,14 +16,24 @@ struct Float32 {
     float value;
 };
 
-#ifdef ELEMENT  // of x and y, where a source is compiled for one
-#if ELEMENT == 0
-typedef BFloat16 Element;
-#elif ELEMENT == 1
-typedef Float16 Element;
-#else
-typedef Float32 Element;
+// By number: 0 bf16, 1 fp16, 2 fp32.
+template <int>
+struct ElementOf {
+    typedef BFloat16 type;
+};
+template <>
+struct ElementOf<1> {
+    typedef Float16 type;
+};
+template <>
+struct ElementOf<2> {
+    typedef Float32 type;
+};
+#ifdef ELEMENT  // of x, where a source is compiled for one
+typedef ElementOf<ELEMENT>::type Element;
 #endif
+#ifdef RESULT  // of y
+typedef ElementOf<RESULT>::type Result;
 #endif
 
 template <class T>

@@ -69,6 +69,8 @@ def compile_cubin(source: str, macros: tuple[tuple[str, int], ...], arch: str) -
 
 def compile_all(kernels: Iterable[tuple[str, tuple[tuple[str, int], ...]]]) -> None:
     """Have (file, macros) of each kernel in the cache, compiling several at a time; loading them is then quick."""
+    from cuda.core import Program  # noqa: F401  first imported by several threads at once, it may not be found
+
     jobs = sorted(set(kernels))
     with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool:
         list(pool.map(lambda job: compile_cubin(source_of(job[0]), job[1], ARCHITECTURE), jobs))

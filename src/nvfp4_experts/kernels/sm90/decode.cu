@@ -18,7 +18,7 @@
 // moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact.
 //
 // Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token),
-// ELEMENT (0 bf16, 1 fp16, 2 fp32: of x and y), STAGES, SHARED_BYTES, MAILBOX_BYTES.
+// ELEMENT and RESULT (of x, of y: 0 bf16, 1 fp16, 2 fp32), STAGES, SHARED_BYTES, MAILBOX_BYTES.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     shared_expert_decode(const Element* __restrict__ x, int tokens, const unsigned char* __restrict__ gate_up,
                          const float* __restrict__ gate_up_scales, const unsigned char* __restrict__ down,
                          const float* __restrict__ down_scale, const float* __restrict__ input_scale,
-                         const float* __restrict__ hidden_scale, float limit, Mailbox* mailbox, Element* __restrict__ y) {
+                         const float* __restrict__ hidden_scale, float limit, Mailbox* mailbox, Result* __restrict__ y) {
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
@@ -148,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 for (int i = 0; i < 2; i++) {
                     if (token + i >= tokens) break;
                     const float scale = shared.token_scale[1][token + i] * scale_of_down;
-                    Element* to = y + (size_t)(token + i) * HIDDEN + tile * 16 + row;
+                    Result* to = y + (size_t)(token + i) * HIDDEN + tile * 16 + row;
                     store(to, (i ? sum.y : sum.x) * UNPACKED * scale);
                     store(to + 8, (i ? sum.w : sum.z) * UNPACKED * scale);
                 }

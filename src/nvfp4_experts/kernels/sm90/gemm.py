@@ -177,7 +177,7 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def prepare(problem: Problem, device: torch.device, max_tokens: int) -> None:
+def prepare(problem: Problem, device: torch.device, max_tokens: int, result: torch.dtype = torch.bfloat16) -> None:
     """Compile and load what `shared_expert` runs for bf16 hidden states, up to a number of tokens."""
     modes = {"nvfp4": ("static", "dynamic", "per_token"), "bf16": ("bf16",)}[problem.activations]
     gemms = []
@@ -185,7 +185,7 @@ def prepare(problem: Problem, device: torch.device, max_tokens: int) -> None:
         first, second = choose(problem.hidden, problem.intermediate, tokens, problem.target)
         for mode in modes:
             h = {"bf16": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
-            gemms += [(first, True, h), (second, False, BF16)]
+            gemms += [(first, True, h), (second, False, OUT[result])]
     compile_all(("gemm.cu", macros_of(*gemm)) for gemm in gemms)
     for gemm in gemms:
         gemm_kernel(*gemm, device)

@@ -53,8 +53,15 @@ _OF_H = {"dynamic": _OF_EXPERT, "per_token": _OF_ROW}
 _SCALING = {_STATIC: SCALE_OF_EXPERT, _OF_ROW: SCALE_OF_TOKEN, _OF_EXPERT: SCALE_OF_EXPERT}
 
 
-def routed_experts(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-    """x (T, H) to out (T, H), which may be fp32; weights as stacks of what `Sm90Backend.pack` makes; not for "fp8"."""
+def routed_experts(
+    x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor, addend: Tensor | None = None
+) -> None:
+    """x (T, H) to out (T, H), which may be fp32; not for "fp8".
+
+    Args:
+        weights: as stacks of what `Sm90Backend.pack` makes.
+        addend: (T, H) fp32, added to each token's sum.
+    """
     gate_up, global_scales, row_amax, down, down_global_scales, _ = weights
     (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
     experts, _, size = row_amax.shape
@@ -96,7 +103,7 @@ def routed_experts(x: Tensor, weights: list[Tensor], routing: Routing, call: Cal
         scaling=_SCALING.get(_OF_H.get(mode, _OF_X[mode]), SCALE_OF_ALL),
         groups=Groups(made["tiles"], made["counts"], None if before else weights_of_rows),
     )
-    combine(made["rows"], made["row_of_slot"], top_k, routing.addend, out)
+    combine(made["rows"], made["row_of_slot"], top_k, addend, out)
 
 
 def config_of(slots: int, experts: int) -> GemmConfig:
@@ -124,6 +131,12 @@ def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int
         parts["scale"] = (max(slots, experts),), torch.float32
         parts["amax"], parts["partials"] = ((experts,), torch.int32), ((ENTER_THREADS,), torch.int32)
     return parts
+
+
+def carve_addend(x: Tensor, before: int) -> Tensor:
+    """(T, H) fp32 behind the first `before` bytes of scratch, for what a call leaves there for the next."""
+    *_, addend = carve(x.device, ((before,), torch.uint8), (tuple(x.shape), torch.float32))
+    return addend
 
 
 def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.device) -> None:
@@ -205,4 +218,4 @@ def _enter_kernel(name: str, of: int, dtype: torch.dtype, device: torch.device) 
 
 
 def _combine_kernel(out: torch.dtype, device: torch.device) -> Any:
-    return load_kernel("add_slots", "combine.cu", (("ELEMENT", OUT[out]),), device)
+    return load_kernel("add_slots", "combine.cu", (("RESULT", OUT[out]),), device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts on Hopper: which kernels run them.
+"""Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
-    bf16, up to 8 tokens and 64 slots    routed_decode.py, one launch
-    else                                 grouped.py
+    bf16, up to 8 tokens and 64 slots    routed_decode.py, one launch; the shared expert is a group of it
+    else                                 grouped.py; the shared expert first, its fp32 result added with the rows
 
 Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic").
 """
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ..cuda.workspace import bytes_of, exclusive, reserve
-from ..dispatch import Call, Problem, Routing
+from ..dispatch import Beside, Call, Problem, Routing
 from ..one_by_one import StackedExperts
-from . import grouped, routed_decode
+from . import gemm, grouped, routed_decode
 from .backend import BACKEND
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
@@ -36,22 +36,59 @@ class Sm90RoutedExperts(StackedExperts):
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Compile and load what a call with bf16 hidden states runs, and reserve its scratch."""
         modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
-        experts, top_k = problem.experts, problem.top_k
+        sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
-            grouped.prepare(experts, modes, max_tokens * top_k, device)
+            grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
             if problem.activations == "bf16":
-                routed_decode.prepare(problem.hidden, problem.intermediate, device)
-            sizes = problem.hidden, problem.intermediate, experts, max_tokens, top_k
-            reserve(device, max(bytes_of(list(grouped.scratch(mode, *sizes).values())) for mode in modes))
+                routed_decode.prepare(*sizes, device)
+            shape = *sizes, problem.experts, max_tokens, problem.top_k
+            layouts = [list(grouped.scratch(mode, *shape).values()) for mode in modes]
+            reserve(device, max(map(bytes_of, layouts)) + bytes_of([((max_tokens, problem.hidden), torch.float32)]))
         torch.cuda.synchronize(device)
 
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-        if x.data_ptr() % 16:
-            x = x.clone()
+        x = _aligned(x)
         with torch.cuda.device(x.device), exclusive(x.device):
-            few = call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
-            run = routed_decode.routed_experts if few else grouped.routed_experts
-            run(x, weights, routing, call, out)
+            if _few(routing, call):
+                routed_decode.routed_experts(x, weights, routing, call, out)
+            else:
+                grouped.routed_experts(x, weights, routing, call, out)
+
+    def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
+        """Compile and load the shared expert's kernels with a result in fp32."""
+        if shared.activations != "fp8":
+            with torch.cuda.device(device):
+                BACKEND.prepare_result(shared, device, max_tokens, torch.float32)
+
+    def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
+        of_shared = beside.call
+        if beside.backend is not BACKEND or of_shared.activations == "fp8":
+            super().moe(x, weights, routing, call, beside, out)
+            return
+        x, same_size = _aligned(x), beside.weights[0].numel() == weights[0][0].numel()
+        same_limit = of_shared.clamp == call.clamp
+        with torch.cuda.device(x.device), exclusive(x.device):
+            if _few(routing, call) and of_shared.activations == "bf16" and same_size and same_limit:
+                routed_decode.routed_experts(x, weights, routing, call, out, beside.weights)
+                return
+            # Scratch of the two calls begins at one place; what one hands the other lies behind both.
+            mode, modes = (c.activation_scale if c.activations == "nvfp4" else "bf16" for c in (of_shared, call))
+            size = beside.weights[2].shape[1]
+            experts, _, routed_size = weights[2].shape
+            top_k = routing.indices.shape[1]
+            first = gemm.scratch(mode, x.shape[1], size, len(x), x.dtype)
+            second = grouped.scratch(modes, x.shape[1], routed_size, experts, len(x), top_k)
+            addend = grouped.carve_addend(x, max(bytes_of(list(layout.values())) for layout in (first, second)))
+            BACKEND.shared_expert(x, beside.weights, of_shared, addend)
+            grouped.routed_experts(x, weights, routing, call, out, addend)
+
+
+def _few(routing: Routing, call: Call) -> bool:
+    return call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 ROUTED = Sm90RoutedExperts(BACKEND)

@@ -4,7 +4,7 @@
 //
 //   h of group g    = silu(min(x @ W1.T, L)) * clamp(x @ W3.T, -L, L), times the routing weight
 //   rows of group g = h @ W2.T
-//   y[t]            = ((0 + row of slot 0) + row of slot 1) + ... + row of the shared expert + addend[t]
+//   y[t]            = ((0 + row of slot 0) + row of slot 1) + ... + row of the shared expert
 //
 // The tokens are the 8 columns of every product, whoever chose the expert: columns cost nothing, and x stays in registers
 // from one expert to the next. All blocks go through the groups in one order, L1 of all, then L2 of all: when the first
@@ -18,13 +18,6 @@
 #include "async.cuh"
 #include "tile.cuh"
 
-#if RESULT == 0
-typedef BFloat16 Result;
-#elif RESULT == 1
-typedef Float16 Result;
-#else
-typedef Float32 Result;
-#endif
 #if INDEX == 1
 typedef long long Index;
 #else
@@ -54,7 +47,6 @@ struct Arguments {
     const float* weights;  // (tokens, top_k)
     Expert routed;         // of the first; those of the others follow
     Expert shared;         // null where there is none
-    const float* addend;   // (tokens, HIDDEN) or null
     Mailbox* mailbox;
     Result* y;
     int tokens, top_k, experts, before_down;
@@ -146,8 +138,8 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
     if (lane == 0) {
         shared.group_count = routed + __popc(leaders[0]) + __popc(leaders[1]);
         shared.box = launch_number(*arguments.mailbox) % 2;
-        barrier_arrive(shared_address(&shared.has_groups));
     }
+    barrier_arrive_warp(shared_address(&shared.has_groups));
 }
 
 // This block's tiles of L1: visit(group, tile), group by group.
@@ -183,7 +175,6 @@ __device__ __forceinline__ void add_slots(const Arguments& arguments, const Shar
                     sum += shared.rows[i][slot][row] * weight;
                 }
             if (arguments.shared.gate_up) sum += shared.rows[i][arguments.tokens * top_k + token][row];
-            if (arguments.addend) sum += __ldcg(arguments.addend + at);
             store(arguments.y + at, sum);
         }
     }
@@ -195,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
     if (threadIdx.x == 0) {
         make_pipeline(shared.pipeline);
-        barrier_init(shared_address(&shared.has_groups), 1);
+        barrier_init(shared_address(&shared.has_groups), WARP_ARRIVALS);
         barriers_are_made();
     }
     __syncthreads();

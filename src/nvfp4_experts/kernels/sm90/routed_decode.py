@@ -30,18 +30,25 @@ def takes(tokens: int, top_k: int) -> bool:
     return tokens <= _TOKENS and tokens * top_k <= _CHOICES
 
 
-def routed_experts(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-    """x (T, H) to out (T, H), which may be fp32; weights as stacks of what `Sm90Backend.pack` makes; bf16 alone."""
+def routed_experts(
+    x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor, shared: list[Tensor] | None = None
+) -> None:
+    """x (T, H) to out (T, H), which may be fp32; bf16 activations alone.
+
+    Args:
+        weights: as stacks of what `Sm90Backend.pack` makes.
+        shared: what it makes of a shared expert of the same I; None: there is none.
+    """
     gate_up, global_scales, row_amax, down, down_global_scales, _ = weights
     hidden, size = x.shape[1], row_amax.shape[2]
     kernel = _kernel(hidden, size, x.dtype, out.dtype, routing.indices.dtype, x.device)
     box = routed_box(size)
     arguments = struct.pack(
-        "<14Q4if4x",
+        "<13Q4if4x",
         *_addresses(x, routing.indices, routing.weights),
         *_addresses(gate_up, down, global_scales, down_global_scales),
-        *(0, 0, 0, 0),
-        *_addresses(routing.addend, mailboxes(x.device, box).current(), out),
+        *((0, 0, 0, 0) if shared is None else _addresses(*(shared[i] for i in (0, 3, 1, 4)))),
+        *_addresses(mailboxes(x.device, box).current(), out),
         *routing.indices.shape,
         len(gate_up),
         int(routing.weighting == "before_down"),

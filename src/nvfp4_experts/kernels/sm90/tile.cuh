@@ -38,11 +38,11 @@ struct Pipeline {
 __device__ __forceinline__ void make_pipeline(Pipeline& pipeline) {
     for (int i = 0; i < STAGES; i++) {
         barrier_init(shared_address(&pipeline.stage_full[i]), 1);
-        barrier_init(shared_address(&pipeline.stage_empty[i]), CONSUMERS);
+        barrier_init(shared_address(&pipeline.stage_empty[i]), CONSUMERS * WARP_ARRIVALS);
     }
     for (int i = 0; i < 2; i++) {
-        barrier_init(shared_address(&pipeline.partial_full[i]), CONSUMERS);
-        barrier_init(shared_address(&pipeline.partial_empty[i]), 1);
+        barrier_init(shared_address(&pipeline.partial_full[i]), CONSUMERS * WARP_ARRIVALS);
+        barrier_init(shared_address(&pipeline.partial_empty[i]), WARP_ARRIVALS);
     }
     pipeline.scale_offsets = SCALE_OFFSETS;
 }
@@ -101,10 +101,7 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 o
             scales = load_8(from + CODE_BYTES + lane / 4 * 8);
         }
         begin(stage);
-        auto release = [&] {
-            __syncwarp();
-            if (lane == 0) barrier_arrive(empty + ring.slot * BARRIER_BYTES);
-        };
+        auto release = [&] { barrier_arrive_warp(empty + ring.slot * BARRIER_BYTES); };
         if (has_chunk)
             multiply_chunk(sums, codes, scales, offsets, fragments[stage], release);
         else
@@ -113,8 +110,7 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 o
     barrier_wait(shared_address(&pipeline.partial_empty[partial.slot]), partial.parity ^ 1);
     pipeline.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
                                                               sums[0][2] + sums[1][2], sums[0][3] + sums[1][3]);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&pipeline.partial_full[partial.slot]));
+    barrier_arrive_warp(shared_address(&pipeline.partial_full[partial.slot]));
     partial.next();
 }
 
@@ -128,8 +124,7 @@ __device__ __forceinline__ float4 reduce_tile(Pipeline& pipeline, Ring<2>& parti
         const float4 more = pipeline.partials[partial.slot][warp][lane];
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared_address(&pipeline.partial_empty[partial.slot]));
+    barrier_arrive_warp(shared_address(&pipeline.partial_empty[partial.slot]));
     partial.next();
     return sum;
 }
