@@ -325,7 +325,7 @@ def test_every_kind_of_configuration(parts: tuple[int, ...], gate_up: bool) -> N
         x = torch.randn(tokens, columns, device="cuda").bfloat16()
         token_scales = torch.rand(tokens, device="cuda") + 0.5
         out = torch.full((tokens, rows // 2 if gate_up else rows), torch.nan, device="cuda", dtype=dtype)
-        options = {"token_scales": token_scales, "per_token": True}
+        options = {"token_scales": token_scales, "scaling": gemm.SCALE_OF_TOKEN}
         gemm.run_half(x, weights, rows, scales, out, config, gate_up=gate_up, limit=10.0, **options)
         entered = x.double() * token_scales.double()[:, None]
         if gate_up:

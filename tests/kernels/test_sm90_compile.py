@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import re
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ import torch
 
 from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.dispatch import ACTIVATIONS, Problem
-from nvfp4_experts.kernels.sm90 import backend, fp8, gemm
+from nvfp4_experts.kernels.sm90 import backend, fp8, gemm, grouped, routed, routed_decode
 from nvfp4_experts.kernels.sm90.compile import ARCHITECTURE, source_of
 from nvfp4_experts.kernels.target import Target
 
@@ -39,6 +40,9 @@ class Kernel:
     file: str
     macros: tuple[tuple[str, int], ...]
 
+    def is_for(self, **macros: int) -> bool:
+        return macros.items() <= dict(self.macros).items()
+
     def having(self, **changed: int) -> Kernel:
         return Kernel(self.name, self.file, tuple({**dict(self.macros), **changed}.items()))
 
@@ -55,13 +59,17 @@ class Built:
 def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]]) -> None:
     """`Backend.prepare` of every activation format, with `calls` in the place of what needs a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (backend, gemm, fp8):
+        for module in (backend, gemm, fp8, grouped, routed_decode):
             patch.setattr(module, "load_kernel", calls["load_kernel"])
         for module, name in (
             (backend, "compile_all"),
             (gemm, "compile_all"),
             (backend, "reserve"),
             (backend, "mailboxes"),
+            (grouped, "compile_all"),
+            (routed_decode, "compile_all"),
+            (routed, "reserve"),
+            (routed_decode, "mailboxes"),
         ):
             patch.setattr(module, name, calls.get(name, lambda *_: mock.MagicMock()))
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
@@ -69,6 +77,10 @@ def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]
         for activations in ACTIVATIONS:
             problem = Problem(hidden, intermediate, activations, HOPPER)
             backend.BACKEND.prepare(problem, torch.device("cpu"), 8192)
+            if activations != "fp8":
+                experts = Problem(hidden, intermediate, activations, HOPPER, experts=256, top_k=6)
+                routed.ROUTED.prepare(experts, torch.device("cpu"), 8192)
+                routed.ROUTED.prepare_moe(problem, torch.device("cpu"), 8192)
 
 
 @functools.cache
@@ -86,16 +98,23 @@ def kernels_of(hidden: int, intermediate: int) -> frozenset[Kernel]:
 def decode_of(shape: str, activations: int) -> Kernel:
     """The decode kernel of a named shape with bf16 hidden states."""
     candidates = [k for k in kernels_of(*SHAPES[shape]) if k.file == "decode.cu"]
-    (kernel,) = [k for k in candidates if dict(k.macros)["ACTIVATIONS"] == activations]
+    (kernel,) = [k for k in candidates if k.is_for(ACTIVATIONS=activations, RESULT=0)]
+    return kernel
+
+
+def routed_decode_of(shape: str) -> Kernel:
+    """That of a named shape with bf16 hidden states and 64-bit indices."""
+    candidates = [k for k in kernels_of(*SHAPES[shape]) if k.file == "routed_decode.cu"]
+    (kernel,) = [k for k in candidates if k.is_for(RESULT=0, INDEX=1)]
     return kernel
 
 
 def wanted() -> set[Kernel]:
     """Every kernel of a small layer, x in every dtype; of the big ones decode.cu, and gemm.cu of two."""
     small = kernels_of(*RAGGED)
-    elements = {k.having(ELEMENT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
+    elements = {k.having(ELEMENT=e, RESULT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
     big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)}
-    return small | elements | big | gemms()
+    return small | elements | big | gemms() | {routed_decode_of(shape) for shape in SHAPES}
 
 
 def gemms() -> set[Kernel]:
@@ -164,7 +183,11 @@ def test_building_a_layer_waits_for_the_device_last() -> None:
     order: list[str] = []
     names = ("load_kernel", "compile_all", "reserve", "mailboxes", "synchronize")
     prepare(*RAGGED, {name: lambda *_, name=name: order.append(name) or mock.MagicMock() for name in names})
-    assert order.count("synchronize") == len(ACTIVATIONS) and order[-1] == "synchronize"
+    # Once a shared expert of each format, and once routed ones of each that they have kernels for.
+    assert order.count("synchronize") == 2 * len(ACTIVATIONS) - 1
+    assert all(
+        after != "synchronize" or before in ("reserve", "mailboxes") for before, after in itertools.pairwise(order)
+    )
 
 
 def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:
@@ -189,14 +212,15 @@ def test_gemm_decodes_while_the_tensor_cores_multiply(built: dict[Kernel, Built]
 
 
 def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> None:
-    log = built[decode_of("V4-Flash", BF16)].log
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert spills == [("0", "0")], log
+    for kernel in (decode_of("V4-Flash", BF16), routed_decode_of("V4-Flash")):
+        log = built[kernel].log
+        spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        assert spills == [("0", "0")], log
 
 
 @pytest.mark.parametrize("activations", [BF16, STATIC])
 def test_decode_multiplies_on_tensor_cores_and_copies_in_bulk(built: dict[Kernel, Built], activations: int) -> None:
-    for shape in SHAPES:
-        ptx = built[decode_of(shape, activations)].ptx
+    for kernel in (of for shape in SHAPES for of in (decode_of(shape, activations), routed_decode_of(shape))):
+        ptx = built[kernel].ptx
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
         assert "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" in ptx

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from nvfp4_experts.errors import UnsupportedError
 from nvfp4_experts.kernels.sm90 import mailbox
-from nvfp4_experts.kernels.sm90.mailbox import all_bytes, mailbox_bytes, mailboxes
+from nvfp4_experts.kernels.sm90.mailbox import all_bytes, decode_box, mailbox_bytes, mailboxes, routed_box
 
 GPU = torch.device("cuda", 0)
+BOX, OTHER = decode_box(64, 32), decode_box(128, 32)
 
 
 class Stream:
@@ -42,36 +43,39 @@ def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
 
 def test_bytes() -> None:
     """A line for the number of the launch, then two boxes of 8 tokens: x in bf16, h in fp32, amax of 8 channels."""
-    assert mailbox_bytes(4096, 2048) == 128 + 2 * 8 * (2 * 4096 + 4 * 2048 + 4 * 256)
-    assert mailbox_bytes(144, 80) == 128 + 2 * 8 * (2 * 192 + 4 * 128 + 4 * 10)  # rows are whole chunks of 64
-    assert mailbox_bytes(16, 16) % 128 == 0
+    assert mailbox_bytes(decode_box(4096, 2048)) == 128 + 2 * 8 * (2 * 4096 + 4 * 2048 + 4 * 256)
+    assert mailbox_bytes(decode_box(144, 80)) == 128 + 2 * 8 * (
+        2 * 192 + 4 * 128 + 4 * 10
+    )  # rows are whole chunks of 64
+    assert mailbox_bytes(decode_box(16, 16)) % 128 == 0
+    assert mailbox_bytes(routed_box(80)) == 128 + 2 * 72 * 2 * 128  # h in bf16 of 64 slots and 8 of a shared expert
 
 
 def test_a_new_mailbox_is_at_launch_0_with_empty_boxes(current: Stream) -> None:
-    made = mailboxes(GPU, 64, 32).current()
-    assert made.numel() == mailbox_bytes(64, 32)
+    made = mailboxes(GPU, BOX).current()
+    assert made.numel() == mailbox_bytes(BOX)
     assert not made[:128].any() and set(made[128:].tolist()) == {0xFF}
 
 
 def test_launches_that_follow_each_other_share_one_and_others_do_not(current: Stream) -> None:
-    first = mailboxes(GPU, 64, 32).current()
-    assert mailboxes(GPU, 64, 32).current() is first
+    first = mailboxes(GPU, BOX).current()
+    assert mailboxes(GPU, BOX).current() is first
     seen = [first]
     for stream, capture in ((8, 0), (8, 1), (8, 2), (9, 2)):  # a stream, two captures on it, another stream of one
         current.stream, current.capture = stream, capture
-        seen.append(mailboxes(GPU, 64, 32).current())
-        assert mailboxes(GPU, 64, 32).current() is seen[-1]
+        seen.append(mailboxes(GPU, BOX).current())
+        assert mailboxes(GPU, BOX).current() is seen[-1]
     current.stream, current.capture = 7, 0
-    seen.append(mailboxes(GPU, 128, 32).current())
+    seen.append(mailboxes(GPU, OTHER).current())
     assert len({t.data_ptr() for t in seen}) == len(seen) == current.made
-    assert all_bytes(GPU) == 5 * mailbox_bytes(64, 32) + mailbox_bytes(128, 32)
+    assert all_bytes(GPU) == 5 * mailbox_bytes(BOX) + mailbox_bytes(OTHER)
     assert all_bytes(torch.device("cuda", 1)) == 0
 
 
 def test_no_memory_leaves_things_as_they_were(current: Stream) -> None:
     current.refuses = True
     with pytest.raises(UnsupportedError, match="device memory"):
-        mailboxes(GPU, 64, 32).current()
+        mailboxes(GPU, BOX).current()
     assert all_bytes(GPU) == 0
     current.refuses = False
-    assert mailboxes(GPU, 64, 32).current().numel() == all_bytes(GPU)
+    assert mailboxes(GPU, BOX).current().numel() == all_bytes(GPU)

@@ -215,10 +215,12 @@ def amax_partials(x: Tensor, partials: Tensor) -> None:
 
 
 def enter_kernel(name: str, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A kernel of enter.cu for x of a dtype."""
     return load_kernel(name, "enter.cu", (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", OUT[dtype])), device)
 
 
 def gemm_kernel(config: GemmConfig, gate_up: bool, out: int, device: torch.device, grouped: bool = False) -> Any:
+    """gemm.cu in a configuration; out: BF16, NVFP4 or a value of OUT."""
     macros = macros_of(config, gate_up, out, grouped)
     return load_kernel("shared_expert_gemm", "gemm.cu", macros, device, config.shared_bytes)
 

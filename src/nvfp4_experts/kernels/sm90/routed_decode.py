@@ -7,6 +7,7 @@ A shared expert may be one more group of the launch.
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 from typing import Any
 
@@ -17,7 +18,7 @@ from ...layouts.fragments import ROWS
 from ..dispatch import Call, Routing
 from ..target import target_of
 from .backend import PARTIAL_BYTES, SMALL_BYTES, STAGE_BYTES, STAGES, THREADS
-from .compile import launch_structure, load_kernel
+from .compile import compile_all, launch_structure, load_kernel
 from .gemm import OUT
 from .mailbox import ROUTED_SLOTS, mailbox_bytes, mailboxes, routed_box
 
@@ -60,9 +61,12 @@ def routed_experts(
 
 def prepare(hidden: int, intermediate: int, device: torch.device) -> None:
     """Compile and load what `routed_experts` runs for bf16 hidden states, and make a mailbox."""
-    for out in (torch.bfloat16, torch.float32):
-        for index in (torch.int32, torch.int64):
-            _kernel(hidden, intermediate, torch.bfloat16, out, index, device)
+    kinds = list(itertools.product((torch.bfloat16, torch.float32), (torch.int32, torch.int64)))
+    tiles = _tiles(hidden, intermediate, device)
+    every = [macros_of(hidden, intermediate, torch.bfloat16, *kind, tiles) for kind in kinds]
+    compile_all(("routed_decode.cu", macros) for macros in every)
+    for kind in kinds:
+        _kernel(hidden, intermediate, torch.bfloat16, *kind, device)
     mailboxes(device, routed_box(intermediate)).current()
 
 
