@@ -48,7 +48,7 @@ SECONDS_PER_REPLAY = 1e-4
 
 @dataclass
 class Gpu:
-    """What the stand-in for CUDA saw: ranges of `calls` made within a capture, seconds replayed, the sync debug mode."""
+    """What the stand-in for CUDA saw: calls, those within captures, seconds replayed, the sync debug mode."""
 
     calls: list[int] = field(default_factory=list)
     captured: list[list[int]] = field(default_factory=list)
