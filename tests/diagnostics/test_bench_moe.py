@@ -181,7 +181,7 @@ def test_a_long_chain_neither_fades_nor_grows(top_k: int, shared: bool) -> None:
     calls = task.calls([TorchBf16Moe().prepare(task.weights, 8)], 8)
     assert len(calls) > 3
     x = task.start(8)
-    for _ in range(40):
+    for _ in range(10):
         for call in calls[:3]:
             x = call(x)
             assert 0.75 < float(x.float().square().mean().sqrt()) < 1.35
