@@ -94,7 +94,7 @@ def command(
         check_plotting()
     modes = words(activations), activation_scale, words(backend)
     work: Work | MoeWork
-    if moe or not experts is top_k is shared is None:
+    if moe or (experts, top_k, shared) != (None, None, None):
         work = find_moe(shape, experts, TOP_K if top_k is None else top_k, shared is not False)
         candidates = (*our_moe_candidates(*modes), *MOE_PEERS)
     else:
