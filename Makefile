@@ -14,6 +14,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?= --json build/bench.json --csv build/bench.csv --picture build/bench.png --force
+BENCH_MOE_ARGS := --moe --seconds 20 --json build/bench-moe.json --csv build/bench-moe.csv --picture build/bench-moe.png --force
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrade-strategy only-if-needed
@@ -44,11 +45,14 @@ test-gpu:  ## the tests that need a GPU, with the python3 that is here (torch, c
 # Where python3 has no torch, as on a fresh CPU machine, the environment of `make demo` is used.
 HERE_HAS_TORCH = python3 -c 'import torch, safetensors, typer, rich, matplotlib' 2>/dev/null
 
-bench:  ## time one shared expert next to its peers and the floor of this machine, with the python3 that is here
+# Without BENCH_ARGS from outside, a GPU gets the mixture of experts too.
+bench:  ## time a shared expert, on a GPU a whole layer too, next to peers and the machine's floor, with the python3 that is here
 	@$(HERE_HAS_TORCH) || $(MAKE) --no-print-directory $(VENV)/.installed-demo
 	@mkdir -p build
-	@if $(HERE_HAS_TORCH); then python=python3; else python=$(BIN)/python; fi; \
-	PYTHONPATH=src $$python -m nvfp4_experts.cli bench $(BENCH_ARGS)
+	@if $(HERE_HAS_TORCH); then python=python3; else python=$(BIN)/python; fi; export PYTHONPATH=src; \
+	$$python -m nvfp4_experts.cli bench $(BENCH_ARGS) || exit; \
+	if [ '$(origin BENCH_ARGS)' = file ] && $$python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	$$python -m nvfp4_experts.cli bench $(BENCH_MOE_ARGS); fi
 
 native:  ## build the CPU kernel into the source tree, for running with PYTHONPATH=src and without installing
 	cmake -S . -B build/native && cmake --build build/native --parallel && cmake --install build/native --prefix src

@@ -31,7 +31,7 @@ def test_help_has_a_sentence_an_example_and_a_page() -> None:
     assert bench.HELP in " ".join(text.split()) and "Example: nvfp4-experts bench " in " ".join(text.split())
     section = (Path(__file__).resolve().parents[2] / "docs" / "cli.md").read_text().partition("\n## bench")[2]
     options = set(re.findall(r"(--[a-z][a-z-]+)", text)) - {"--help"}
-    assert {"--shape", "--tokens", "--json"} <= options
+    assert {"--shape", "--tokens", "--json", "--experts", "--no-shared"} <= options
     for option in options:
         assert f"`{option}`" in section, f"docs/cli.md does not explain {option} of bench"
 
@@ -78,6 +78,40 @@ def test_which_candidates_take_part(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("options", [("--moe",), ("--top-k", "2"), ("--shared",), ("--no-shared",)])
+def test_any_option_of_a_mixture_asks_for_one(options: tuple[str, ...]) -> None:
+    text = invoke("bench", "--shape", "64x48", "--device", "cpu", *options, code=2).stderr
+    assert "--experts 256" in text, "64x48 is no name, so the number of experts must be given"
+
+
+@pytest.mark.parametrize(("options", "shared"), [((), True), (("--no-shared",), False)])
+def test_a_mixture_of_experts(tmp_path: Path, options: tuple[str, ...], shared: bool) -> None:
+    file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    small = ("bench", "--shape", "64x48", "--experts", 4, "--top-k", 2, "--device", "cpu", "--seconds", 0.05)
+    text = invoke(*small, "--tokens", "1,5", *options, "--json", file, "--picture", picture).stdout
+    assert f"4 routed experts, top-2{', and a shared one' if shared else ''}, 64x48: H 64, I 48" in text
+    assert "experts hit" in text and "F.linear for each hit expert" in text and "FAILED" not in text
+    report = json.loads(file.read_text())
+    assert (report["experts"], report["top_k"], report["shared"]) == (4, 2, shared)
+    assert {row["hits"] for row in report["rows"] if row["tokens"] == 1} == {2}
+    names = list(dict.fromkeys(row["candidate"] for row in report["rows"]))
+    assert names == [
+        "nvfp4-experts bf16", "nvfp4-experts fp8", "nvfp4-experts nvfp4 dynamic", "torch bf16", "humming-kernels",
+    ]  # fmt: skip
+    assert {row["status"] for row in report["rows"] if row["ours"]} == {"timed"}
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_one_file_of_a_mixture_has_the_same_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "CASES", {"64x48": (2,)})
+    file = tmp_path / "report.json"
+    mixture = ("--experts", 4, "--top-k", 2, "--activations", "nvfp4")
+    invoke("bench", "--shape", "64x48", "--tokens", 2, "--device", "cpu", "--seconds", 0.05, *mixture, "--report", file)
+    report = json.loads(file.read_text())
+    assert [case["backend"] for case in report["exactness"]] == ["auto"] * 3
+    assert report["bench"]["experts"] == 4 and report["bench"]["rows"][0]["hits"] > 0
+
+
 def test_quick_is_two_numbers_of_tokens_unless_others_are_given(tmp_path: Path) -> None:
     for i, (options, expected) in enumerate((((), {1, 64}), (("--tokens", "2"), {2}))):
         file = tmp_path / f"{i}.json"
@@ -119,6 +153,8 @@ def test_a_wrong_peer_is_shown_and_exits_0(monkeypatch: pytest.MonkeyPatch) -> N
         ("--activations", "int3"),
         ("--device", "abacus"),
         ("--seconds", "0"),
+        ("--experts", "4", "--top-k", "5"),
+        ("--experts", "0"),
     ],
 )
 def test_usage_errors_exit_2_and_explain(options: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from nvfp4_experts.diagnostics.bench import humming_peer, measure, timing
 from nvfp4_experts.diagnostics.bench.candidates import OUR_BOUNDS, Candidate, Prepared, TorchBf16, TorchFp8
-from nvfp4_experts.diagnostics.bench.measure import PEERS, Truths, bench, our_candidates
+from nvfp4_experts.diagnostics.bench.measure import PEERS, bench, our_candidates
 from nvfp4_experts.diagnostics.bench.picture import draw_bench
 from nvfp4_experts.diagnostics.bench.report import BenchReport
+from nvfp4_experts.diagnostics.bench.task import SharedExpertTask
 from nvfp4_experts.diagnostics.bench.work import SHAPES, SWIGLU_LIMIT, Weights, Work, find_work
 from nvfp4_experts.diagnostics.metrics import rel_l2
 from nvfp4_experts.errors import InputError, UnsupportedError
@@ -122,16 +123,14 @@ def test_copies_share_no_memory(candidate: Candidate) -> None:
 @pytest.mark.parametrize("candidate", [*EVERY, TorchFp8()], ids=lambda candidate: candidate.name)
 @pytest.mark.parametrize("tokens", [1, 7, 33])
 def test_candidates_are_right(candidate: Candidate, tokens: int) -> None:
-    work = find_work("256x128")
-    weights = work.weights(CPU)
-    truths = Truths(work, weights)
-    y = candidate.prepare(weights, tokens).run(truths.input(tokens))
+    truths = SharedExpertTask(find_work("256x128"), CPU, 0)
+    y = candidate.prepare(truths.weights, tokens).run(truths.input(tokens))
     assert y.dtype == torch.bfloat16 and y.shape == (tokens, 256)
     assert rel_l2(y, truths.output(tokens, *candidate.reference)) <= candidate.bound
 
 
 def test_fp8_activations_are_not_taken_for_bf16_ones() -> None:
-    truths = Truths(WORK, WORK.weights(CPU))
+    truths = SharedExpertTask(WORK, CPU, 0)
     error = rel_l2(truths.output(8, "fp8", "dynamic"), truths.output(8, "bf16", "dynamic"))
     assert error > OUR_BOUNDS["bf16"] and error > OUR_BOUNDS["fp8"]
 
@@ -197,9 +196,8 @@ class TestHumming:
         monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
         monkeypatch.setattr(humming_peer, "fused", lambda function, device_type: function)
         monkeypatch.setattr(humming_peer, "installed_version", lambda package: "0.1.19")
-        weights = WORK.weights(CPU)
-        truths, candidate = Truths(WORK, weights), humming_peer.Humming()
-        prepared = candidate.prepare(weights, 5)
+        truths, candidate = SharedExpertTask(WORK, CPU, 0), humming_peer.Humming()
+        prepared = candidate.prepare(truths.weights, 5)
         assert rel_l2(prepared.run(truths.input(5)), truths.output(5, *candidate.reference)) <= candidate.bound
         assert prepared.detail == "0.1.19" and prepared.nbytes == 2 * WORK.weight_count
 
@@ -290,9 +288,10 @@ def test_a_chain_that_fades_is_not_timed() -> None:
 
 def test_a_replay_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Liar(timing.ClockTimer):
-        def outputs(self) -> tuple[Tensor, Tensor]:
-            y, _ = super().outputs()
-            return y, y * 1.1
+        def outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+            for y, _ in super().outputs():
+                yield y, y
+                yield y, y * 1.1
 
     monkeypatch.setattr(measure, "timer_for", Liar)
     assert "replayed as a graph" in (small_bench(TorchBf16()).rows[0].reason or "")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from nvfp4_experts.diagnostics.bench import ggml_library, ggml_peer
 from nvfp4_experts.diagnostics.bench.ggml_library import Ggml, every_code_and_scale, mismatch, to_blocks
-from nvfp4_experts.diagnostics.bench.measure import Truths, bench
+from nvfp4_experts.diagnostics.bench.measure import bench
+from nvfp4_experts.diagnostics.bench.task import SharedExpertTask
 from nvfp4_experts.diagnostics.bench.work import find_work
 from nvfp4_experts.diagnostics.metrics import rel_l2
 from nvfp4_experts.errors import FormatError, LayoutError
@@ -251,9 +252,8 @@ def test_the_graph_is_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ggml_peer, "find", lambda: (Ggml(library, 0, "0"), ""))
     monkeypatch.setattr(Ggml, "set_threads", lambda self, threads: setattr(library, "threads", threads))
     work = find_work("128x64")
-    weights = work.weights(torch.device("cpu"))
-    truths = Truths(work, weights)
-    first, second = (ggml_peer.GgmlCpu().prepare(weights, 5) for _ in range(2))
+    truths = SharedExpertTask(work, torch.device("cpu"), 0)
+    first, second = (ggml_peer.GgmlCpu().prepare(truths.weights, 5) for _ in range(2))
     assert library.threads == torch.get_num_threads()
     assert first.nbytes == 0.5625 * work.weight_count <= first.tensors[0].nbytes
     assert not {t.data_ptr() for t in first.tensors} & {t.data_ptr() for t in second.tensors}

@@ -403,6 +403,28 @@ MUTANTS = (
         "if errors[0] <= REFERENCE_BOUND or errors[1] <= CANDIDATE_BOUND:",
         "tests/cli/test_tune.py::test_wrong_candidates_cannot_win_and_are_told",
     ),
+    # bench
+    Mutant(
+        "ends of chains compared in place of calls",
+        "diagnostics/bench/timing.py",
+        "yield y, call(x)",
+        "yield self._states[-1], chain(self._calls, self._states[0])[-1]",
+        "tests/diagnostics/test_bench_timing.py::test_a_candidate_whose_last_bits_vary_is_not_called_wrong",
+    ),
+    Mutant(
+        "experts hit again along a chain",
+        "diagnostics/bench/moe.py",
+        "dealt, deck = deck[: len(distinct)], deck[len(distinct) :]",
+        "dealt = deck[: len(distinct)]",
+        "tests/diagnostics/test_bench_moe.py::test_routings_of_a_chain",
+    ),
+    Mutant(
+        "a floor without the shared expert",
+        "diagnostics/bench/work.py",
+        "experts = hits + self.shared",
+        "experts = hits",
+        "tests/diagnostics/test_bench_moe.py::test_the_floor_counts_every_byte_and_every_product",
+    ),
     # checkpoints
     Mutant(
         "gate and up exchanged in a dialect",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..diagnostics.bench.report import BenchReport, Row
 
 NAME = "bench"
-HELP = "Time one shared expert next to its peers, and both next to the floor that this machine sets."
+HELP = "Time one shared expert, or a mixture of experts, next to its peers and the floor that this machine sets."
 EXAMPLE = "Example: [bold]nvfp4-experts bench --shape V4-Pro --tokens 1,16,64 --picture bench.png[/]"
 
 _QUICK_TOKENS, _QUICK_SECONDS = "1,64", 5.0
@@ -29,11 +29,20 @@ _QUICK_TOKENS, _QUICK_SECONDS = "1,64", 5.0
 
 def command(
     shape: Annotated[str, typer.Option(help="V4-Pro, V4-Flash, V4.1-Flash, or HxI.")] = "V4-Flash",
+    moe: Annotated[
+        bool, typer.Option("--moe", help="Time routed experts and the shared one together, without the router.")
+    ] = False,
+    experts: Annotated[
+        int | None, typer.Option(help="Number of routed experts; --moe too.", show_default="that of the shape")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts of a token; --moe too.", show_default="6")] = None,
+    shared: Annotated[
+        bool | None,
+        typer.Option("--shared/--no-shared", help="A shared expert beside them; --moe too.", show_default="shared"),
+    ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(
-            help="Numbers of tokens.", show_default="1,16,64,128,256,512,1024,8192; on a CPU 1,4,16,64,256,1024"
-        ),
+        typer.Option(help="Numbers of tokens.", show_default="8 from 1 to 8192; on a CPU, and with --moe, fewer"),
     ] = None,
     activations: Annotated[str, typer.Option(help="Activation formats of this layer.")] = "bf16,fp8,nvfp4",
     activation_scale: Annotated[
@@ -90,25 +99,40 @@ def command(
             backend=backend,
             tokens=numbers(tokens) if tokens is not None else None,
             device=device,
+            experts=experts,
+            top_k=top_k,
             seconds=seconds,
             command=" ".join(["nvfp4-experts", *sys.argv[1:]]),
         )
         return
 
     from ..diagnostics.bench.exact import measure_exactness, report_to_dict
-    from ..diagnostics.bench.measure import PEERS, bench, checked_device, our_candidates
+    from ..diagnostics.bench.measure import (
+        MOE_PEERS,
+        PEERS,
+        bench,
+        checked_device,
+        our_candidates,
+        our_moe_candidates,
+    )
     from ..diagnostics.bench.picture import draw_bench
-    from ..diagnostics.bench.work import find_work
+    from ..diagnostics.bench.work import TOP_K, MoeWork, Work, find_moe, find_work
     from ..diagnostics.plotting import check_plotting
 
     if picture is not None:
         check_plotting()
-    ours = our_candidates(words(activations), activation_scale, words(backend))
+    modes = words(activations), activation_scale, words(backend)
+    work: Work | MoeWork
+    if moe or (experts, top_k, shared) != (None, None, None):
+        work = find_moe(shape, experts, TOP_K if top_k is None else top_k, shared is not False)
+        candidates = (*our_moe_candidates(*modes), *MOE_PEERS)
+    else:
+        work, candidates = find_work(shape), (*our_candidates(*modes), *PEERS)
     section = None
     with render.progress(as_json=False, in_bytes=False) as progress:
         report = bench(
-            find_work(shape),
-            (*ours, *PEERS),
+            work,
+            candidates,
             tokens=numbers(tokens) if tokens is not None else None,
             device=device,
             seconds=seconds,
@@ -117,7 +141,7 @@ def command(
         )
         if report_file is not None:
             progress(0, 1, "bits against backend exact")
-            section = measure_exactness(ours, checked_device(device))
+            section = measure_exactness(our_candidates(*modes), checked_device(device))
     _print(report)
     if report_file is not None and section is not None:
         _print_exactness(section)
@@ -143,13 +167,13 @@ def _print(report: BenchReport) -> None:
     out.print(
         render.facts(
             {
-                "work": f"one shared expert, {report.shape}: H {report.hidden_size}, I {report.intermediate_size}",
+                "work": str(report.work),
                 "machine": f"{machine.device}, {machine.threads} CPU threads",
                 "software": ", ".join(f"{name} {version}" for name, version in software.items() if version),
                 "date": report.date,
                 "ceilings": f"read {render.size(int(ceilings.read_bytes_per_second))}/s ({ceilings.read_by}), "
                 f"matmul {ceilings.matmul_flop_per_second / 1e12:.3g} TFLOP/s ({ceilings.matmul_by})",
-                "weights": f"each candidate cycles through {render.size(report.rotation_bytes)} or more of its own",
+                "weights": f"no candidate reads one again before {render.size(report.rotation_bytes)} of others",
             }
         )
     )
@@ -158,11 +182,13 @@ def _print(report: BenchReport) -> None:
         checks.add_row(*_check_row(report.of(name)))
     out.print(checks)
     timed = [name for name in report.candidates if any(row.status == "timed" for row in report.of(name))]
-    columns = ("tokens", "floor", *map(_text, timed))
+    hits = any(row.hits is not None for row in report.rows)
+    columns = ("tokens", *(["experts hit"] if hits else []), "floor", *map(_text, timed))
     times = render.table("Median µs per call, and how many times the floor", (), columns)
     for count in report.tokens:
         rows = [row for name in timed for row in report.of(name) if row.tokens == count]
-        times.add_row(str(count), _digits(rows[0].floor_us), *map(_time, rows))
+        found = [] if rows[0].hits is None else [_digits(rows[0].hits)]
+        times.add_row(str(count), *found, _digits(rows[0].floor_us), *map(_time, rows))
     if timed:
         out.print(times)
 

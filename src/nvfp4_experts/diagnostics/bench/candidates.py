@@ -47,20 +47,20 @@ class Prepared:
     """A candidate holding one copy of the weights.
 
     Args:
-        run: x (T, H) bf16 -> y (T, H) bf16.
+        run: x (T, H) bf16 -> y (T, H) bf16; of a mixture of experts (x, step) -> y, with a `moe.Step`.
         tensors: what it keeps on the device; no other copy shares their memory.
         nbytes: bytes of weights among them.
         detail: what runs, in a word or two: a backend, a version.
     """
 
-    run: Callable[[Tensor], Tensor]
+    run: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
     nbytes: int
     detail: str
 
 
 class Candidate(Protocol):
-    """Something that computes a shared expert; see the module docstring."""
+    """Something that computes a shared expert (or, in moe_candidates.py, a mixture); see the module docstring."""
 
     @property
     def name(self) -> str:
@@ -81,13 +81,13 @@ class Candidate(Protocol):
     def refusal(self, target: Target) -> str | None:
         """Why it cannot run on this machine, as a clause; None if it may."""
 
-    def prepare(self, weights: Weights, max_tokens: int) -> Prepared:
-        """Build it on the device of the weights, in memory of its own."""
+    def prepare(self, weights: Any, max_tokens: int) -> Prepared:
+        """Build it on the device of the weights (`work.Weights`, or `moe.MoeWeights`), in memory of its own."""
 
 
 @dataclass(frozen=True)
-class Ours:
-    """`Nvfp4SharedExpert` in one activation format on one backend ("auto" or a name)."""
+class OurMode:
+    """One activation format on one backend ("auto" or a name) of this library."""
 
     activations: str
     activation_scale: str
@@ -110,6 +110,11 @@ class Ours:
 
     def refusal(self, target: Target) -> str | None:
         return None  # the layer itself says so when it is built
+
+
+@dataclass(frozen=True)
+class Ours(OurMode):
+    """`Nvfp4SharedExpert`."""
 
     def prepare(self, weights: Weights, max_tokens: int) -> Prepared:
         own = weights.clone()
@@ -182,11 +187,14 @@ class TorchFp8:
         return _prepared(run, (gate_up, gate_up_scale, down, down_scale), "torch._scaled_mm, row-wise")
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """(T, 2I), gate's columns then up's, to silu(min(gate, L)) * clamp(up, -L, L), (T, I); fp32 inside."""
+def swiglu(gate_up: Tensor, factors: Tensor | None = None) -> Tensor:
+    """(T, 2I), gate's columns then up's, to silu(min(gate, L)) * clamp(up, -L, L), (T, I); fp32 inside.
+
+    `factors` (T, 1) fp32 multiply it before it is rounded.
+    """
     gate, up = gate_up.float().chunk(2, dim=-1)
     h = silu(gate.clamp(max=SWIGLU_LIMIT)) * up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    return h.to(gate_up.dtype)
+    return (h if factors is None else h * factors).to(gate_up.dtype)
 
 
 def fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:

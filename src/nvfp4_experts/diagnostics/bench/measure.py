@@ -19,26 +19,29 @@ from dataclasses import dataclass, field
 from statistics import quantiles
 
 import torch
-from torch import Tensor
 
 from ..._version import __version__
 from ...errors import InputError, UnsupportedError
-from ...kernels import reference
 from ...kernels.dispatch import ACTIVATION_SCALES, ACTIVATIONS
-from ...kernels.target import target_of
+from ...kernels.target import Target, target_of
 from ..metrics import rel_l2
 from .candidates import Candidate, Ours, Prepared, TorchBf16, TorchFp8
 from .ceilings import Ceilings, measure_ceilings
 from .ggml_peer import GgmlCpu
-from .humming_peer import Humming
+from .humming_peer import Humming, HummingMoe
 from .machine import default_device, describe_machine, rotation_bytes
+from .moe import MoeTask
+from .moe_candidates import OursMoe, TorchBf16Moe
 from .report import BenchReport, Row
+from .task import SharedExpertTask, Task
 from .timing import Timer, timer_for
-from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Weights, Work
+from .work import SWIGLU_LIMIT, MoeWork, Work
 
 PEERS: tuple[Candidate, ...] = (TorchBf16(), TorchFp8(), Humming(), GgmlCpu())
+MOE_PEERS: tuple[Candidate, ...] = (TorchBf16Moe(), HummingMoe())
 MIN_SAMPLES, MAX_SAMPLES = 5, 201
 CUDA_TOKENS, OTHER_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 8192), (1, 4, 16, 64, 256, 1024)
+CUDA_MOE_TOKENS, OTHER_MOE_TOKENS = (1, 8, 64, 256, 1024, 4096), (1, 4, 16, 64)
 _RMS_RANGE = (0.5, 2.0)  # of what the chain of calls carries; 1 by construction
 
 Progress = Callable[[int, int, str], None]
@@ -66,14 +69,25 @@ def our_candidates(
     Raises:
         InputError: a name that is none.
     """
+    return tuple(Ours(*mode) for mode in _modes(activations, activation_scale, backends))
+
+
+def our_moe_candidates(
+    activations: Sequence[str], activation_scale: str = "dynamic", backends: Sequence[str] = ("auto",)
+) -> tuple[OursMoe, ...]:
+    """The same of the whole mixture."""
+    return tuple(OursMoe(*mode) for mode in _modes(activations, activation_scale, backends))
+
+
+def _modes(activations: Sequence[str], activation_scale: str, backends: Sequence[str]) -> list[tuple[str, str, str]]:
     for name, allowed in [(a, ACTIVATIONS) for a in activations] + [(activation_scale, ACTIVATION_SCALES)]:
         if name not in allowed:
             raise InputError("activations", f"must be among {allowed}", repr(name), "pick one of them")
-    return tuple(Ours(a, activation_scale, backend) for backend in backends for a in activations)
+    return [(a, activation_scale, backend) for backend in backends for a in activations]
 
 
 def bench(
-    work: Work,
+    work: Work | MoeWork,
     candidates: Sequence[Candidate],
     *,
     tokens: Sequence[int] | None = None,
@@ -84,16 +98,16 @@ def bench(
     command: str = "",
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Check and time candidates on one shared expert.
+    """Check and time candidates on one shared expert or on a mixture of experts.
 
     Args:
-        work: the shape; see `work.find_work`.
-        candidates: who takes part, e.g. `our_candidates(...) + PEERS`.
-        tokens: numbers of tokens, each >= 1; None is CUDA_TOKENS or OTHER_TOKENS.
+        work: the shape; see `work.find_work` and `work.find_moe`.
+        candidates: who takes part, e.g. `our_candidates(...) + PEERS`, or `our_moe_candidates(...) + MOE_PEERS`.
+        tokens: numbers of tokens, each >= 1; None is the default of the work and the device.
         device: None is the first CUDA device, or the CPU where there is none.
         seconds: for the samples, all together; building, checking and compiling come on top. At least MIN_SAMPLES are
             taken, however long that is.
-        rotate: bytes of distinct weights each candidate cycles through; None is more than the caches of the device.
+        rotate: bytes of distinct weights a chain of calls goes through; None is more than the caches of the device.
         matmul_size: see `measure_ceilings`.
         command: how this was started, for the report.
         progress: called with (done, total, label).
@@ -103,7 +117,7 @@ def bench(
         UnsupportedError: the device is not there.
     """
     where = checked_device(device)
-    counts = tuple(dict.fromkeys(tokens or (CUDA_TOKENS if where.type == "cuda" else OTHER_TOKENS)))
+    counts = tuple(dict.fromkeys(tokens or _default_tokens(work, where)))
     if min(counts) < 1:
         raise InputError("tokens", "must be at least 1 each", counts, "leave the others out")
     if not (math.isfinite(seconds) and seconds > 0):
@@ -114,30 +128,27 @@ def bench(
     with torch.no_grad():
         advance(0, steps, "ceilings")
         ceilings = measure_ceilings(where, rotate, matmul_size)
-        weights = work.weights(where)
+        task = _task(work, where, counts, rotate)
         entries = [Entry(candidate) for candidate in candidates]
-        truths = Truths(work, weights)
-        calls: dict[str, list[Prepared]] = {}
+        copies: dict[str, list[Prepared]] = {}
         for step, entry in enumerate(entries, 1):
             advance(step, steps, f"checking {entry.candidate.name}")
-            calls[entry.candidate.name] = _check(entry, weights, truths, counts, rotate)
-        truths.clear()
+            copies[entry.candidate.name] = _check(entry, task, counts, target_of(where))
+        task.forget()
         for step, count in enumerate(counts, 1 + len(entries)):
             advance(step, steps, f"timing {count} tokens")
-            _time(entries, calls, work.hidden_states(count, where), seconds / len(counts))
+            _time(entries, copies, task, count, seconds / len(counts))
         advance(steps, steps, "done")
     return BenchReport(
         version=__version__,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         command=command,
         machine=describe_machine(where),
-        shape=work.shape,
-        hidden_size=work.hidden,
-        intermediate_size=work.intermediate,
+        work=work,
         swiglu_limit=SWIGLU_LIMIT,
         rotation_bytes=rotate,
         ceilings=ceilings,
-        rows=tuple(_row(entry, count, work, ceilings) for count in counts for entry in entries),
+        rows=tuple(_row(entry, count, task, ceilings) for count in counts for entry in entries),
     )
 
 
@@ -158,57 +169,34 @@ def checked_device(device: torch.device | str | None) -> torch.device:
     return where
 
 
-class Truths:
-    """What is right for each number of tokens and activation format, computed once each."""
-
-    def __init__(self, work: Work, weights: Weights) -> None:
-        self._work, self._weights = work, weights
-        self._known: dict[tuple[int, str, str], Tensor] = {}
-
-    def input(self, tokens: int) -> Tensor:
-        """x (T, H) bf16."""
-        return self._work.check_states(tokens, self._weights.gate.device)
-
-    def output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
-        """y (T, H) bf16 by `kernels/reference.py`."""
-        key = (tokens, activations, activation_scale if activations == "nvfp4" else "")
-        if key not in self._known:
-            w, device = self._weights, self._weights.gate.device
-            self._known[key] = reference.shared_expert(
-                self.input(tokens),
-                w.gate,
-                w.up,
-                w.down,
-                swiglu_limit=SWIGLU_LIMIT,
-                activations=activations,
-                activation_scale=activation_scale,
-                input_scale=torch.tensor(INPUT_SCALE, device=device),
-                hidden_scale=torch.tensor(HIDDEN_SCALE, device=device),
-            )
-        return self._known[key]
-
-    def clear(self) -> None:
-        """Give the memory back."""
-        self._known.clear()
+def _default_tokens(work: Work | MoeWork, device: torch.device) -> tuple[int, ...]:
+    cuda, other = (CUDA_TOKENS, OTHER_TOKENS) if isinstance(work, Work) else (CUDA_MOE_TOKENS, OTHER_MOE_TOKENS)
+    return cuda if device.type == "cuda" else other
 
 
-def _check(entry: Entry, weights: Weights, truths: Truths, counts: Sequence[int], rotate: int) -> list[Prepared]:
+def _task(work: Work | MoeWork, device: torch.device, counts: Sequence[int], rotate: int) -> Task:
+    if isinstance(work, Work):
+        return SharedExpertTask(work, device, rotate)
+    return MoeTask(work, device, counts, rotate)
+
+
+def _check(entry: Entry, task: Task, counts: Sequence[int], target: Target) -> list[Prepared]:
     """Compare one copy with the reference at every number of tokens; all copies of a candidate that may be timed."""
     candidate = entry.candidate
-    refusal = candidate.refusal(target_of(weights.gate.device))
+    refusal = candidate.refusal(target)
     if refusal is not None:
         entry.unavailable.update(dict.fromkeys(counts, refusal))
         return []
     try:
-        first = candidate.prepare(weights, max(counts))
+        first = candidate.prepare(task.weights, max(counts))
     except Exception as error:
         _raised(entry, counts, error)
         return []
     entry.detail, entry.resident_bytes = first.detail, first.nbytes
     for count in counts:
         try:
-            y = first.run(truths.input(count))
-            entry.errors[count] = rel_l2(y, truths.output(count, *candidate.reference))
+            y = task.calls([first], count)[0](task.input(count))
+            entry.errors[count] = rel_l2(y, task.output(count, *candidate.reference))
         except Exception as error:
             _raised(entry, [count], error)
             continue
@@ -217,24 +205,24 @@ def _check(entry: Entry, weights: Weights, truths: Truths, counts: Sequence[int]
             entry.failure = entry.failure or f"{got} is past the bound of {candidate.bound:.3g}"
     if entry.failure or len(entry.unavailable) == len(counts):
         return []
-    entry.copies = max(2, -(-rotate // first.nbytes))
+    entry.copies = task.copies(first.nbytes)
     try:
-        return [first, *(candidate.prepare(weights, max(counts)) for _ in range(entry.copies - 1))]
+        return [first, *(candidate.prepare(task.weights, max(counts)) for _ in range(entry.copies - 1))]
     except Exception as error:
         _raised(entry, counts, error)
         return []
 
 
-def _time(entries: Sequence[Entry], calls: dict[str, list[Prepared]], x: Tensor, seconds: float) -> None:
+def _time(entries: Sequence[Entry], copies: dict[str, list[Prepared]], task: Task, count: int, seconds: float) -> None:
     """Sample all candidates in turn until the seconds are used up."""
-    count = x.shape[0]
+    x = task.start(count)
     timers: list[tuple[Entry, Timer]] = []
     for entry in entries:
-        copies = calls[entry.candidate.name]
-        if not copies or entry.failure or count in entry.unavailable:
+        own = copies[entry.candidate.name]
+        if not own or entry.failure or count in entry.unavailable:
             continue
         try:
-            timer = timer_for([copy.run for copy in copies], x)
+            timer = timer_for(task.calls(own, count), x)
             entry.failure = _disagreement(timer, entry.candidate.bound)
         except Exception as error:
             _raised(entry, [count], error)
@@ -252,15 +240,15 @@ def _time(entries: Sequence[Entry], calls: dict[str, list[Prepared]], x: Tensor,
 
 
 def _disagreement(timer: Timer, bound: float) -> str | None:
-    """What is wrong with the values in the timed chain; None if nothing is."""
-    timed, expected = timer.outputs()
-    rms = float(timed.float().square().mean().sqrt())
+    """What is wrong with the values of the timed calls; None if nothing is."""
     low, high = _RMS_RANGE
-    if not low <= rms <= high:
-        return f"the timed calls gave values of rms {rms:.3g}, which must stay near 1"
-    error = rel_l2(timed, expected)
-    if not error <= 2 * bound:
-        return f"replayed as a graph, the calls gave other values than run one by one: rel-L2 {error:.3g}"
+    for timed, alone in timer.outputs():
+        rms = float(timed.float().square().mean().sqrt())
+        if not low <= rms <= high:
+            return f"the timed calls gave values of rms {rms:.3g}, which must stay near 1"
+        error = rel_l2(timed, alone)
+        if not error <= 2 * bound:
+            return f"replayed as a graph, a call gave other values than alone: rel-L2 {error:.3g}"
     return None
 
 
@@ -284,9 +272,9 @@ def brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def _row(entry: Entry, count: int, work: Work, ceilings: Ceilings) -> Row:
+def _row(entry: Entry, count: int, task: Task, ceilings: Ceilings) -> Row:
     candidate = entry.candidate
-    floor = work.floor_seconds(count, ceilings.read_bytes_per_second, ceilings.matmul_flop_per_second)
+    floor = task.floor_seconds(count, ceilings.read_bytes_per_second, ceilings.matmul_flop_per_second)
     reason = entry.failure or entry.unavailable.get(count)
     status = "failed" if entry.failure else "unavailable" if reason else "timed"
     low = middle = high = None
@@ -310,4 +298,5 @@ def _row(entry: Entry, count: int, work: Work, ceilings: Ceilings) -> Row:
         bound=candidate.bound,
         resident_bytes=entry.resident_bytes,
         copies=entry.copies,
+        hits=task.hits(count),
     )

@@ -17,6 +17,7 @@ from .report import BenchReport, Row
 
 _OURS = [(BLUE, "o"), (GREEN, "D"), (SKY, "^"), (PURPLE, "v"), (INK, "P"), ("#999999", "X")]
 _PEERS = [(ORANGE, "s"), (VERMILION, "h"), ("#8C6D1F", "d"), ("#882255", "p")]
+_FLOOR_POINTS = 200
 _LABEL_GAP = 0.055  # least distance of two names, as a share of the axis
 
 
@@ -26,8 +27,8 @@ def draw_bench(report: BenchReport, path: str | Path) -> None:
     Raises:
         UnsupportedError: matplotlib is not installed, or the suffix is no format it writes.
     """
-    title = f"One shared expert, {report.shape}: H {report.hidden_size}, I {report.intermediate_size}"
-    with figure_file(path, (9, 5.4), title) as figure:
+    title = str(report.work)
+    with figure_file(path, (9, 5.4), title[0].upper() + title[1:]) as figure:
         axes = figure.subplots()
         axes.set_title(_caption(report), loc="left", fontsize=SMALL, color=GREY)
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time per call, µs (lower is better)")
@@ -71,15 +72,14 @@ def _draw_floor(axes: Any, report: BenchReport) -> None:
     if len(tokens) == 1:
         axes.axhline(floors[tokens[0]], color=INK, linestyle="--", linewidth=1.4)
         return
-    # The corner, where reading and multiplying take the same time, lies between two of the tokens that were run.
-    weights = 3 * report.hidden_size * report.intermediate_size
-    corner = min(floors.values()) * 1e-6 * report.ceilings.matmul_flop_per_second / (2 * weights)
-    places: list[float] = sorted({*tokens, *([corner] if tokens[0] < corner < tokens[-1] else [])})
-    line = [floors.get(place, min(floors.values())) for place in places]
+    low, high = tokens[0], tokens[-1]
+    places = [low * (high / low) ** (i / _FLOOR_POINTS) for i in range(_FLOOR_POINTS + 1)]
+    rates = report.ceilings.read_bytes_per_second, report.ceilings.matmul_flop_per_second
+    line = [1e6 * report.work.floor_seconds(place, *rates) for place in places]
     axes.plot(places, line, color=INK, linestyle="--", linewidth=1.4)
     axes.fill_between(places, line, [1e-9] * len(places), color=FAINT, alpha=0.5, linewidth=0, zorder=0)
     axes.annotate(
-        "floor: reads at full rate, then multiplies at full rate", (places[0], line[0]), xytext=(4, -4),
+        "floor: reads at full rate, then multiplies at full rate", (low, line[0]), xytext=(4, -4),
         textcoords="offset points", va="top", fontsize=SMALL,
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def _axes(axes: Any, report: BenchReport) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     axes.tick_params(length=0)
     axes.minorticks_off()
     times = [row.median_us for row in report.rows if row.median_us] + [row.floor_us for row in report.rows]

@@ -33,10 +33,9 @@ from ...errors import InputError
 from .machine import Machine, describe_machine, rotation_bytes
 from .measure import checked_device, our_candidates
 from .rank_process import RankRow, Settings, run_rank, transport
-from .work import Work
+from .work import ROUTED, TOP_K, Work
 
-EXPERTS = {"V4-Pro": 384, "V4-Flash": 256, "V4.1-Flash": 384}  # E of a shape; else OTHER_EXPERTS
-OTHER_EXPERTS, TOP_K = 16, 6
+OTHER_EXPERTS = 16  # where the shape has no number of its own
 TOKENS = (1, 64, 4096, 8192)
 
 
@@ -76,7 +75,7 @@ def bench_ranks(
     tokens: Sequence[int] | None = None,
     device: str | None = None,
     experts: int | None = None,
-    top_k: int = TOP_K,
+    top_k: int | None = None,
     seconds: float = 30.0,
     rotate: int | None = None,
     command: str = "",
@@ -89,8 +88,8 @@ def bench_ranks(
         activations, activation_scale, backend: as for the layers.
         tokens: each at least 1; None is TOKENS.
         device: "cuda" or "cpu"; None is cuda where there is one.
-        experts: None is EXPERTS of the shape.
-        top_k: k, at most `experts`.
+        experts: None is what ROUTED says of the shape, else OTHER_EXPERTS.
+        top_k: k, at most `experts`; None is TOP_K.
         seconds: for samples, all together; building and checking come on top.
         rotate: see the module docstring; None is more than the caches of the device hold.
         command: how this was started, for the report.
@@ -102,7 +101,8 @@ def bench_ranks(
     our_candidates(activations, activation_scale)  # raises for a name that is none
     where = checked_device(device)
     counts = tuple(dict.fromkeys(tokens or TOKENS))
-    number = EXPERTS.get(work.shape, OTHER_EXPERTS) if experts is None else experts
+    top_k = TOP_K if top_k is None else top_k
+    number = ROUTED.get(work.shape, (OTHER_EXPERTS, 0.0))[0] if experts is None else experts
     for name, value, least in (("ranks", ranks, 2), ("tokens", min(counts), 1), ("top_k", top_k, 1)):
         if value < least:
             raise InputError(name, f"must be at least {least}", value, "give more")

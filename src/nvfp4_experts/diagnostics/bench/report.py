@@ -16,6 +16,7 @@ from pathlib import Path
 
 from .ceilings import Ceilings
 from .machine import Machine
+from .work import MoeWork, Work
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Row:
         rel_l2, bound: distance from `kernels/reference.py` on fresh input, and the largest allowed.
         resident_bytes: bytes of one copy of the weights.
         copies: how many copies the calls cycle through.
+        hits: of a mixture of experts: distinct routed experts that a call reads, mean over the chain.
     """
 
     candidate: str
@@ -51,6 +53,7 @@ class Row:
     bound: float | None = None
     resident_bytes: int | None = None
     copies: int = 0
+    hits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,7 @@ class BenchReport:
     date: str
     command: str
     machine: Machine
-    shape: str
-    hidden_size: int
-    intermediate_size: int
+    work: Work | MoeWork
     swiglu_limit: float
     rotation_bytes: int
     ceilings: Ceilings
@@ -89,7 +90,9 @@ class BenchReport:
         return tuple(row for row in self.rows if row.candidate == candidate)
 
     def to_dict(self) -> dict[str, object]:
-        return {**asdict(self), "passed": self.passed}
+        rest = asdict(self)
+        del rest["work"]
+        return {**self.work.to_dict(), **rest, "passed": self.passed}
 
     def write_csv(self, path: str | Path) -> None:
         """Write the rows as CSV, one header line, columns named as in `Row`; what is not there is empty."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The work that is timed: one shared expert of a named shape, its weights, and hidden states that never fade.
+"""The work that is timed: one shared expert of a named shape, its weights, and hidden states that never fade; and what
+a whole mixture of experts is (moe.py makes its weights).
 
 Calls are chained: the output of one is the input of the next, so no call can start on its operands early. Nothing is
 launched in between to rescale, because the weights keep the values where they are:
@@ -15,7 +16,7 @@ in 1 value of 20 only, so that errors of gate and up show.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -25,11 +26,14 @@ from ...formats.nvfp4 import Nvfp4Tensor, quantize
 from ..hidden_states import synthetic_hidden_states
 
 SHAPES = {"V4-Pro": (7168, 3072), "V4-Flash": (4096, 2048), "V4.1-Flash": (5120, 2304)}  # name -> H, I
+ROUTED = {"V4-Pro": (384, 2.5), "V4-Flash": (256, 1.5), "V4.1-Flash": (384, 1.5)}  # name -> E, routed_scaling_factor
 SWIGLU_LIMIT = 10.0
 BYTES_PER_WEIGHT = 0.5625  # a nibble, and an e4m3 scale per 16
 
-_GATE_UP_STD = 2 * SWIGLU_LIMIT
-_HIDDEN_RMS = 0.524 * SWIGLU_LIMIT**2
+TOP_K = 6
+GATE_UP_STD, DOWN_STD = 2 * SWIGLU_LIMIT, 1 / (0.524 * SWIGLU_LIMIT**2)  # times sqrt(K)
+
+_OTHER_SCALING_FACTOR = 1.5
 _CHECK_STD = 0.25
 # Static scales, amax / 2688: of x ~ N(0, 1), and of h, which the clamp holds below L^2.
 INPUT_SCALE, HIDDEN_SCALE = 6.0 / 2688, SWIGLU_LIMIT**2 / 2688
@@ -56,12 +60,18 @@ class Work:
     hidden: int
     intermediate: int
 
+    def __str__(self) -> str:
+        return f"one shared expert, {self.shape}: H {self.hidden}, I {self.intermediate}"
+
+    def to_dict(self) -> dict[str, object]:
+        return {"shape": self.shape, "hidden_size": self.hidden, "intermediate_size": self.intermediate}
+
     @property
     def weight_count(self) -> int:
         """Weights of gate, up and down: 3HI."""
         return 3 * self.hidden * self.intermediate
 
-    def floor_seconds(self, tokens: int, read_rate: float, matmul_rate: float) -> float:
+    def floor_seconds(self, tokens: float, read_rate: float, matmul_rate: float) -> float:
         """max(0.5625 B x 3HI / read_rate, 2 T 3HI / matmul_rate); rates in B/s and FLOP/s."""
         return max(BYTES_PER_WEIGHT * self.weight_count / read_rate, 2 * tokens * self.weight_count / matmul_rate)
 
@@ -73,9 +83,9 @@ class Work:
             w = torch.randn(rows, columns, generator=generator, device=device)
             return w.mul_(std / columns**0.5).bfloat16()
 
-        gate, up = (draw(self.intermediate, self.hidden, _GATE_UP_STD) for _ in range(2))
+        gate, up = (draw(self.intermediate, self.hidden, GATE_UP_STD) for _ in range(2))
         amax = torch.maximum(gate.abs().amax(), up.abs().amax()).float()
-        down = draw(self.hidden, self.intermediate, 1 / _HIDDEN_RMS)
+        down = draw(self.hidden, self.intermediate, DOWN_STD)
         return Weights(quantize(gate, amax=amax), quantize(up, amax=amax), quantize(down))
 
     def hidden_states(self, tokens: int, device: torch.device) -> Tensor:
@@ -85,6 +95,71 @@ class Work:
     def check_states(self, tokens: int, device: torch.device) -> Tensor:
         """(tokens, H) bf16 of N(0, 1/16), on which outputs are compared."""
         return (synthetic_hidden_states(tokens, self.hidden, seed=2) * _CHECK_STD).bfloat16().to(device)
+
+
+@dataclass(frozen=True)
+class MoeWork:
+    """A layer of routed experts, of which a token takes top_k, with or without a shared expert beside them.
+
+    Args:
+        expert: one expert's shape; all have one.
+        experts: E, without the shared one.
+        top_k: k; each token's k experts are drawn uniformly, without replacement.
+        shared: whether there is a shared expert, which takes every token.
+        scaling_factor: what a token's routing weights add up to.
+    """
+
+    expert: Work
+    experts: int
+    top_k: int
+    shared: bool
+    scaling_factor: float
+
+    def __str__(self) -> str:
+        parts = f"{self.experts} routed experts, top-{self.top_k}" + (", and a shared one" if self.shared else "")
+        return f"{parts}, {self.expert.shape}: H {self.expert.hidden}, I {self.expert.intermediate}"
+
+    def to_dict(self) -> dict[str, object]:
+        fields = asdict(self)
+        del fields["expert"]
+        return {**self.expert.to_dict(), **fields}
+
+    def expected_hits(self, tokens: float) -> float:
+        """Distinct routed experts that so many tokens take on the mean: E (1 - (1 - k/E)^T)."""
+        return self.experts * (1 - (1 - self.top_k / self.experts) ** tokens)
+
+    def bytes_read(self, hits: float, tokens: float) -> float:
+        """Bytes no implementation can leave where they are: hit experts, the shared one, x and y (bf16)."""
+        experts = hits + self.shared
+        return BYTES_PER_WEIGHT * experts * self.expert.weight_count + 2 * 2 * tokens * self.expert.hidden
+
+    def floor_seconds(self, tokens: float, read_rate: float, matmul_rate: float, hits: float | None = None) -> float:
+        """max(bytes_read / read_rate, 2 T n 3HI / matmul_rate), n = k + 1 with a shared expert; hits None: expected."""
+        hits = self.expected_hits(tokens) if hits is None else hits
+        flop = 2 * tokens * (self.top_k + self.shared) * self.expert.weight_count
+        return max(self.bytes_read(hits, tokens) / read_rate, flop / matmul_rate)
+
+
+def find_moe(shape: str, experts: int | None = None, top_k: int = TOP_K, shared: bool = True) -> MoeWork:
+    """The work of a mixture of experts.
+
+    Args:
+        shape: as for `find_work`.
+        experts: E; None is that of the named shape.
+        top_k: k, from 1 to E.
+        shared: whether there is a shared expert.
+
+    Raises:
+        InputError: as `find_work`; or no E for a shape without a name; or k or E out of range.
+    """
+    expert = find_work(shape)
+    known, factor = ROUTED.get(shape, (None, _OTHER_SCALING_FACTOR))
+    count = known if experts is None else experts
+    if count is None:
+        raise InputError("experts", "must be given where the shape is no name", repr(shape), "say --experts 256")
+    if not 1 <= top_k <= count:
+        raise InputError("top_k", f"must be from 1 to the number of experts, {count}", top_k, "choose fewer")
+    return MoeWork(expert, count, top_k, shared, factor)
 
 
 def find_work(shape: str) -> Work:

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A work on a device, as `measure` sees it: what candidates are built from and called with, and what is right.
+
+Here that of one shared expert, whose calls go over copies of the weights; a mixture of experts is in moe.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ...kernels import reference
+from .candidates import Prepared
+from .timing import Call
+from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Work
+
+Mode = tuple[str, str]  # activations, activation_scale
+
+
+class Task(Protocol):
+    """See the module docstring."""
+
+    weights: Any
+    """what `Candidate.prepare` takes"""
+
+    def copies(self, nbytes: int) -> int:
+        """How many copies of a candidate, each of so many bytes of weights, its calls go over."""
+
+    def calls(self, copies: Sequence[Prepared], tokens: int) -> list[Call]:
+        """The chain that is timed: x (T, H) bf16 -> y (T, H) bf16 each; the first is the one that is checked."""
+
+    def start(self, tokens: int) -> Tensor:
+        """(T, H) bf16 of N(0, 1), where the chain starts."""
+
+    def input(self, tokens: int) -> Tensor:
+        """(T, H) bf16, on which outputs are compared."""
+
+    def output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
+        """What the first call makes of `input`, (T, H) bf16, by `kernels/reference.py`; computed once."""
+
+    def forget(self) -> None:
+        """Give back the memory of `output`."""
+
+    def hits(self, tokens: int) -> float | None:
+        """Distinct routed experts a call of the chain reads, on the mean; None where there are none."""
+
+    def floor_seconds(self, tokens: int, read_rate: float, matmul_rate: float) -> float:
+        """What no implementation can be faster than, but for units that multiply faster than bf16."""
+
+
+class SharedExpertTask:
+    """One shared expert; its calls go over enough copies that `rotate` bytes lie between two reads of a weight."""
+
+    def __init__(self, work: Work, device: torch.device, rotate: int) -> None:
+        self._work, self._device, self._rotate = work, device, rotate
+        self.weights = work.weights(device)
+        self._known: dict[tuple[int, str, str], Tensor] = {}
+
+    def copies(self, nbytes: int) -> int:
+        return max(2, -(-self._rotate // nbytes))
+
+    def calls(self, copies: Sequence[Prepared], tokens: int) -> list[Call]:
+        return [copy.run for copy in copies]
+
+    def start(self, tokens: int) -> Tensor:
+        return self._work.hidden_states(tokens, self._device)
+
+    def input(self, tokens: int) -> Tensor:
+        return self._work.check_states(tokens, self._device)
+
+    def output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
+        key = (tokens, activations, activation_scale if activations == "nvfp4" else "")
+        if key not in self._known:
+            w = self.weights
+            self._known[key] = reference.shared_expert(
+                self.input(tokens),
+                w.gate,
+                w.up,
+                w.down,
+                swiglu_limit=SWIGLU_LIMIT,
+                activations=activations,
+                activation_scale=activation_scale,
+                input_scale=torch.tensor(INPUT_SCALE, device=self._device),
+                hidden_scale=torch.tensor(HIDDEN_SCALE, device=self._device),
+            )
+        return self._known[key]
+
+    def forget(self) -> None:
+        self._known.clear()
+
+    def hits(self, tokens: int) -> float | None:
+        return None
+
+    def floor_seconds(self, tokens: int, read_rate: float, matmul_rate: float) -> float:
+        return self._work.floor_seconds(tokens, read_rate, matmul_rate)
