@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nvfp4_experts.diagnostics.bench import rank_process
 from nvfp4_experts.diagnostics.bench.rank_process import RankRow, Settings
-from nvfp4_experts.diagnostics.bench.ranks import EXPERTS, OTHER_EXPERTS, bench_ranks
+from nvfp4_experts.diagnostics.bench.ranks import OTHER_EXPERTS, bench_ranks
 from nvfp4_experts.diagnostics.bench.work import SHAPES, find_work
 from nvfp4_experts.errors import InputError
 from tests.cli.commands import invoke
@@ -56,10 +56,6 @@ def test_files_that_have_no_ranks_are_refused(tmp_path: Path) -> None:
 def test_bad_options_are_refused_before_a_process_starts(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         bench_ranks(find_work("64x48"), **{"ranks": 2, "device": "cpu", **options})  # type: ignore[arg-type]
-
-
-def test_named_shapes_have_their_experts() -> None:
-    assert EXPERTS.keys() == SHAPES.keys()
 
 
 @pytest.fixture

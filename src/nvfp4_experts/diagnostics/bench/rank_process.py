@@ -371,7 +371,7 @@ class _Launch:
 
     def __init__(self, calls: Sequence[Call], x: Tensor, replayed: bool) -> None:
         self.calls = len(calls)
-        self._eager: Callable[[], Tensor] = lambda: chain(calls, x)
+        self._eager: Callable[[], Tensor] = lambda: chain(calls, x)[-1]
         self._run: Callable[[], object] = self._eager
         self._y: Tensor | None = None
         if not replayed:
