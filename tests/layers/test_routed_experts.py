@@ -120,7 +120,8 @@ def test_bad_calls_raise_before_any_work(change: object, message: str) -> None:
         ({"input_scale": torch.ones(E + 1)}, InputError),
         ({"hidden_scale": torch.zeros(E)}, InputError),
         ({"backend": "abacus"}, UnsupportedError),
-        ({"backend": "exact", "activations": "nvfp4"}, UnsupportedError),
+        ({"backend": "exact", "activations": "bf16"}, UnsupportedError),
+        ({"backend": "sm100-torch", "activations": "nvfp4"}, UnsupportedError),
     ],
 )
 def test_bad_options(options: dict[str, object], error: type[Nvfp4Error]) -> None:
