@@ -220,27 +220,14 @@ def test_a_sum_is_rounded_once(backend: str, mode: tuple[str, str]) -> None:
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
 @pytest.mark.parametrize("mode", [m for m in MODES if m[0] == "nvfp4"], ids=str)
 def test_cpu_to_the_bit(mode: tuple[str, str], weighting: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In each tier: the sums of cpu_oracle.py, h times its weight as one fp32 product, slots in order."""
-    (gate, up, down), call, x = make_experts(), call_of(mode), torch.randn(33, H)
+    """In each tier, by cpu_oracle.py."""
+    weights, call, x = make_experts(), call_of(mode), torch.randn(33, H)
     routing = draw_routing(33, 5, weighting)
-    rows = torch.zeros(33, 5, H)
-    for e in range(E):
-        token, slot = (routing.indices == e).nonzero(as_tuple=True)
-        factor = routing.weights[token, slot, None]
-        values, scale = reference.enter(x, *mode, call.input_scale[e])
-        scale = scale[token] if scale.ndim else scale
-        g, u = (cpu_oracle.linear(values[token], scale, w[e], call) for w in (gate, up))
-        h = cpu_oracle.swiglu(g, u, LIMIT)
-        entered = reference.enter(h * factor if weighting == "before_down" else h, *mode, call.hidden_scale[e])
-        row = cpu_oracle.linear(*entered, down[e], call)
-        rows[token, slot] = row if weighting == "before_down" else row * factor
-    want = torch.zeros(33, H)
-    for s in range(5):
-        want = want + rows[:, s]
+    want = cpu_oracle.routed_experts(x, *weights, routing, call)
     assert TIERS
     for tier in TIERS:
         monkeypatch.setenv(native.ISA_VARIABLE, tier)
-        assert torch.equal(run("cpu", x, (gate, up, down), routing, call), want), tier
+        assert torch.equal(run("cpu", x, weights, routing, call), want), tier
 
 
 # --- who is here --------------------------------------------------------------------------------------------------
