@@ -18,8 +18,8 @@ from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, WEIGHTINGS, Call, 
 from nvfp4_experts.kernels.exact import rule
 from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
-from tests.kernels.exact_oracle import bits_of, exact_sum
 from tests.kernels import test_routed_experts as routed
+from tests.kernels.exact_oracle import bits_of, exact_sum
 from tests.kernels.test_shared_expert import make_expert, run
 
 LOADED, REASON = native.load()
@@ -218,7 +218,9 @@ def test_routed_experts_are_the_reference_on_exact_sums(mode: str, weighting: st
         factor = routing.weights[token, slot, None]
         before, after = (factor, 1.0) if weighting == "before_down" else (1.0, factor)
         g, u = (by_the_port(x, w[e], mode, call.input_scale[e])[token] for w in (gate, up))
-        rows[token, slot] = by_the_port(reference.swiglu(g, u, 1.0) * before, down[e], mode, call.hidden_scale[e]) * after
+        rows[token, slot] = (
+            by_the_port(reference.swiglu(g, u, 1.0) * before, down[e], mode, call.hidden_scale[e]) * after
+        )
     assert torch.equal(routed.run("exact", x, (gate, up, down), routing, call), rows[:, 0] + rows[:, 1])
 
 

@@ -2,9 +2,9 @@
 """Routed experts by way of shared ones: what backends have in common.
 
 packed form   that of a shared expert, E times, stacked (`StackedExperts`)
-a call        one hit expert after the other (`OneByOne`): slots grouped by expert (the counts are read on the host: a GPU
-              waits here); rows (T * k, H) fp32, one a slot, each expert writing its own; a token's are added in slot
-              order
+a call        one hit expert after the other (`OneByOne`): slots grouped by expert (the counts are read on the host: a
+              GPU waits here); rows (T * k, H) fp32, one a slot, each expert writing its own; a token's are added in
+              slot order
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ class TorchRoutedExperts(OneByOne):
         factors: Tensor | None,
     ) -> Tensor:
         (values, scale), size = entered, weights[0].shape[0] // 2
-        tiles = tiled.tiles_of(*self.one.unpack(weights, values.shape[1], size), TILE_VALUES)
+        gate, up, down = self.one.unpack(weights, values.shape[1], size)
+        tiles = tiled.tiles_of(gate, up, down, TILE_VALUES)
         rows = torch.empty(values.shape, device=values.device)
         tiled.one_expert(values, scale, tiles, size, call, rows, factors)
         return rows

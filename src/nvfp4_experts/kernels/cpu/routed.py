@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on a CPU: the whole layer in one native call (csrc/routed_experts.cpp).
 
-    scratch    per calling thread, for T * k rows: h as it enters; x as it enters and h in fp32 of 4096 of them ("dynamic":
-               of all); 128 bytes for each thread that works
+    scratch    per calling thread, for T * k rows: h as it enters, and 128 bytes for each thread that works; for 4096 of
+               them at most ("dynamic": all) x as it enters, and h in fp32
 
 For nvfp4 every tier and any number of threads give the same bits. Weights of an expert that no token goes to are not
 read, the others once for each 128 of its rows.

@@ -9,8 +9,8 @@ The sums have the same bits on every device. exp and the division of SwiGLU are 
 unit in the last place apart; where that moves a value of h across a boundary of e2m1, devices differ in that token.
 
     resident   0.5625 bytes per weight
-    scratch    see rule.py, and gate, up and h in fp32; for routed experts of one expert's rows at a time, and a row (H,)
-               in fp32 per slot
+    scratch    see rule.py, and gate, up and h in fp32; for routed experts those of one expert's rows at a time, and a
+               row (H,) in fp32 per slot
 """
 
 from __future__ import annotations
