@@ -14,7 +14,7 @@ import torch.distributed as dist
 from nvfp4_experts.diagnostics.bench import rank_process
 from nvfp4_experts.diagnostics.bench.rank_process import RankRow, Settings
 from nvfp4_experts.diagnostics.bench.ranks import OTHER_EXPERTS, bench_ranks
-from nvfp4_experts.diagnostics.bench.work import SHAPES, find_work
+from nvfp4_experts.diagnostics.bench.work import find_work
 from nvfp4_experts.errors import InputError
 from tests.cli.commands import invoke
 
