@@ -42,7 +42,12 @@ _MODULES_BY_NAME = {
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
-_ROUTED = {"cpu": "cpu.routed", "torch": "torch_backend"}
+_ROUTED = {
+    "sm100": "sm100.routed",
+    "cpu": "cpu.routed",
+    "torch": "torch_backend",
+    "sm100-decode": "sm100.decoding",
+}
 
 
 @dataclass(frozen=True)
