@@ -228,15 +228,16 @@ def check_entered(x: Tensor, mode: str, made: dict[str, Tensor], name: str, scal
     assert torch.equal(made[f"{name}_scales"][: len(swizzled)], swizzled)
 
 
+ENTERED = [(torch.float32, mode) for mode in ACTIVATION_SCALES]
+ENTERED += [(torch.bfloat16, "per_token"), (torch.float16, "dynamic")]
+AWKWARD = [(7, (144, 80)), (130, (80, 16))]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: overflow of exp, inf - inf
-@pytest.mark.parametrize(
-    ("dtype", "mode"),
-    [*((torch.float32, mode) for mode in ACTIVATION_SCALES), (torch.bfloat16, "per_token"), (torch.float16, "dynamic")],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "mode"), ENTERED, ids=str)
 def test_entered_bytes_are_those_of_the_activation_format(dtype: torch.dtype, mode: str) -> None:
     """Codes, block scales in their swizzled places, zero padding: byte for byte, from poisoned memory."""
-    for tokens, (hidden, intermediate) in ((7, (144, 80)), (130, (80, 16))):
+    for tokens, (hidden, intermediate) in AWKWARD:
         made: dict[str, Tensor] = {}
         x = awkward(tokens, hidden).clamp(-6e4, 6e4).to(dtype)
         run_layer(x, weights_of(hidden, intermediate), mode, made=made)

@@ -46,8 +46,10 @@ _ROUTED = {
     "sm100": "sm100.routed",
     "cpu": "cpu.routed",
     "torch": "torch_backend",
+    "sm100-torch": "sm100.vendor_torch",
     "sm100-decode": "sm100.decoding",
 }
+ROUTED_BACKENDS = tuple(_ROUTED)
 
 
 @dataclass(frozen=True)
