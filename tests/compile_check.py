@@ -23,7 +23,7 @@ import triton
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES
 from nvfp4_experts.kernels.sm100.backend import OLDEST_TRITON_OF_SM_121
 from nvfp4_experts.kernels.sm100.compile import Compiled, compile_layer
-from nvfp4_experts.kernels.sm100.config import CHIPS, Chip, refusal, routed_ranges
+from nvfp4_experts.kernels.sm100.config import CHIPS, Chip, choose_routed, refusal, routed_ranges
 
 SHAPES = [(7168, 3072), (4096, 2048), (5120, 288), (144, 80)]
 ROUTED = {(7168, 3072): 384, (4096, 2048): 256, (144, 80): 5}  # H, I: E
@@ -67,10 +67,17 @@ def layers() -> Iterator[Layer]:
             continue
         for mode, shape, tokens in itertools.product(ACTIVATION_SCALES, SHAPES, TOKENS):
             yield capability, mode, shape, tokens, 1, 0
-        for mode, (shape, experts) in itertools.product(ACTIVATION_SCALES, ROUTED.items()):
-            # The largest number of slots of each range, in tokens; the next number of tokens is in the next range.
-            for slots in routed_ranges(8192 * TOP_K, experts):
-                yield capability, mode, shape, -(-slots // TOP_K), experts, TOP_K
+        for (hidden, intermediate), experts in ROUTED.items():
+            # Tokens for each cut and split of routed experts: the most slots of a range.
+            tokens_of = {}
+            for slots in routed_ranges(max(TOKENS) * TOP_K, experts):
+                cuts = [
+                    choose_routed(chip, *rows_and_columns, slots, experts, 148)
+                    for rows_and_columns in ((2 * intermediate, hidden), (hidden, intermediate))
+                ]
+                tokens_of.setdefault(tuple(cuts), max(1, slots // TOP_K))
+            for mode, tokens in itertools.product(ACTIVATION_SCALES, tokens_of.values()):
+                yield capability, mode, (hidden, intermediate), tokens, experts, TOP_K
 
 
 def compile_one(layer: Layer) -> list[Compiled]:

@@ -93,7 +93,7 @@ def packed(experts: Sequence[tuple[Nvfp4Tensor, ...]]) -> pipeline.Experts:
 def poisoned(plan: pipeline.Plan) -> dict[str, Tensor]:
     """Scratch in the worst state: NaN, and bytes and counters that mean something."""
     fill = {torch.uint8: 0x7F, torch.int32: 3, torch.float32: float("nan")}
-    layout = plan.scratch().items()
+    layout = plan.scratch.items()
     return {name: torch.full(shape, fill[dtype], dtype=dtype, device=DEVICE) for name, (shape, dtype) in layout}
 
 

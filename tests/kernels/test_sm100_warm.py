@@ -63,7 +63,7 @@ def call_of(plan: Plan, dtype: torch.dtype, out: torch.dtype, routing: Routing |
 
 
 def needed(plan: Plan) -> dict[str, int]:
-    return {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in plan.scratch().items()}
+    return {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in plan.scratch.items()}
 
 
 @pytest.mark.parametrize("mode", ACTIVATION_SCALES)

@@ -16,6 +16,7 @@ No launch waits for the host, allocates, or depends on what an earlier call left
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ class Plan:
         """The most rows that all groups have together."""
         return self.slots or self.tokens
 
-    @property
+    @functools.cached_property
     def gathers(self) -> bool:
         """Routed, x enters once a token and the first half gathers; otherwise a row of x enters for each slot.
 
@@ -103,12 +104,12 @@ class Plan:
         """How many rows of x enter."""
         return self.tokens if self.gathers else self.rows
 
-    @property
+    @functools.cached_property
     def gate_up(self) -> tuple[GemmConfig, int]:
         """Cut and split of the first half."""
         return self._choose(2 * self.intermediate, self.hidden)
 
-    @property
+    @functools.cached_property
     def down(self) -> tuple[GemmConfig, int]:
         """Cut and split of the second half."""
         return self._choose(self.hidden, self.intermediate)
@@ -118,10 +119,15 @@ class Plan:
             return choose_routed(self.chip, rows, columns, self.slots, self.groups, self.multiprocessors)
         return choose(self.chip, rows, columns, self.tokens, self.multiprocessors)
 
-    @property
+    @functools.cached_property
     def quantizes_on_the_way(self) -> bool:
         """h is quantised by each tile of the second half for itself: cheaper than a launch while tokens are few."""
         return self.mode == "dynamic" and self.down[0].tokens <= _FEW_TOKENS
+
+    @property
+    def results_follow_h(self) -> bool:
+        """Routed, results of slots take the place of h in fp32, which nobody reads by then."""
+        return self.slots > 0 and self.mode != "static" and not self.quantizes_on_the_way
 
     def blocks(self, rows: int) -> int:
         """The most blocks of `rows` rows that the groups can have together."""
@@ -132,6 +138,7 @@ class Plan:
         """The most tiles of scales that x has."""
         return -(-self.tokens // SCALE_TILE) if self.gathers else self.blocks(SCALE_TILE)
 
+    @functools.cached_property
     def cells(self) -> dict[str, int]:
         """Cells that must be zero before the first half, by name."""
         first, second = self.gate_up[0], self.down[0]
@@ -142,11 +149,12 @@ class Plan:
             "down_parts": self.blocks(second.tokens) * -(-self.hidden // second.rows),
         }
 
+    @functools.cached_property
     def scratch(self) -> dict[str, Part]:
         """What a call needs beside its result, by name."""
         padded = self.blocks(SCALE_TILE) * SCALE_TILE
         parts: dict[str, Part] = {
-            "cells": ((sum(_rounded(n) for n in self.cells().values()),), torch.int32),
+            "cells": ((sum(_rounded(n) for n in self.cells.values()),), torch.int32),
             "x_codes": ((self.x_rows, self.hidden // 2), torch.uint8),
             "x_scales": (swizzled_shape(self.x_blocks * SCALE_TILE, self.hidden // 16), torch.uint8),
         }
@@ -154,7 +162,8 @@ class Plan:
             parts["amax_partials"] = (PARTIALS,), torch.int32
         if self.mode != "static":
             parts["x_amax"] = (self.x_rows if self.mode == "per_token" else 1,), torch.int32
-            parts["h"] = (self.rows, self.intermediate), torch.float32
+            if not self.results_follow_h:
+                parts["h"] = (self.rows, self.intermediate), torch.float32
         if not self.quantizes_on_the_way:
             parts["h_codes"] = (self.rows, self.intermediate // 2), torch.uint8
             parts["h_scales"] = swizzled_shape(padded, self.intermediate // 16), torch.uint8
@@ -164,7 +173,8 @@ class Plan:
         if self.slots:
             parts["offsets"] = (self.groups + 1,), torch.int32
             parts["row_tokens"] = parts["row_slots"] = (self.slots,), torch.int32
-            parts["results"] = (self.slots, self.hidden), torch.float32
+            columns = max(self.hidden, self.intermediate) if self.results_follow_h else self.hidden
+            parts["results"] = (self.slots * columns,), torch.float32
         return parts
 
     def _sums(self, config: GemmConfig, split: int, rows: int) -> int:
@@ -190,7 +200,7 @@ class Activations:
 
 def scratch_of(plan: Plan, device: torch.device) -> dict[str, Tensor]:
     """What a call needs; on a GPU valid until the next call on the current stream."""
-    layout = plan.scratch()
+    layout = plan.scratch
     if device.type != "cuda":
         return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in layout.items()}
     return dict(zip(layout, workspace.carve(device, *layout.values()), strict=True))
@@ -219,11 +229,17 @@ def run(
         x, y: contiguous; addresses that are multiples of 16, as of all tensors here but those of the routing.
         experts, activations, plan: see there. plan.tokens is T, but where T is 0: then every kernel is compiled and
             loaded, and does nothing.
-        made: tensors of `plan.scratch()`, in any state.
+        made: tensors of `plan.scratch`, in any state.
         launch: what is done with each kernel; compile.py compiles it for another machine.
     """
-    sizes = [_rounded(count) for count in plan.cells().values()]
-    cells = dict(zip(plan.cells(), made["cells"].split(sizes), strict=True))
+    made = dict(made)
+    if plan.slots:
+        memory, hidden, intermediate = made["results"], plan.hidden, plan.intermediate
+        made["results"] = memory[: plan.slots * hidden].view(plan.slots, hidden)
+        if plan.results_follow_h:
+            made["h"] = memory[: plan.slots * intermediate].view(plan.slots, intermediate)
+    sizes = [_rounded(count) for count in plan.cells.values()]
+    cells = dict(zip(plan.cells, made["cells"].split(sizes), strict=True))
     _Call(experts, activations, plan, made, cells, y, launch).run(x)
 
 

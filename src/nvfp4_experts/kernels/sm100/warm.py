@@ -34,7 +34,7 @@ def make_ready(device: torch.device, plans: Sequence[Plan], dtypes: Sequence[tor
         call_without_tokens(device, plans, dtypes, launch)
 
     with torch.cuda.device(device), workspace.exclusive(device):
-        workspace.reserve(device, max(bytes_of(list(plan.scratch().values())) for plan in plans))
+        workspace.reserve(device, max(bytes_of(list(plan.scratch.values())) for plan in plans))
         compile_side_by_side(calls)
         calls(launch_now)
 
