@@ -6,8 +6,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,15 +14,12 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
 
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem, Routing, get_backend, get_routed_backend  # noqa: E402
 from nvfp4_experts.kernels.sm100 import warm  # noqa: E402
-from nvfp4_experts.kernels.sm100.enter import amax_partials, enter  # noqa: E402
-from nvfp4_experts.kernels.sm100.gemm import gemm  # noqa: E402
 from nvfp4_experts.kernels.sm100.pipeline import Activations, Experts, Launch, Plan, run, scratch_of  # noqa: E402
 from nvfp4_experts.kernels.target import Target  # noqa: E402
+from tests.compile_time import a_gpu_that_is_not_here, forget  # noqa: E402
 
 DTYPES = torch.bfloat16, torch.float16, torch.float32
 META = torch.device("meta")
@@ -114,24 +109,12 @@ def cannot_compile(x):
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[bool]]:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """An sm_90 without kernels; whether each compilation that ends was a look into the cache on disk."""
-    target, hits = GPUTarget("cuda", 90, 32), []
-    answers = {"get_current_target": lambda: target, "get_current_device": lambda: 0}
-    monkeypatch.setattr(driver, "_active", SimpleNamespace(**answers, get_current_stream=lambda device: 0))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    hits: list[bool] = []
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-    forget()
-    yield hits
-    triton.knobs.compilation.listener = None
-    forget()
-
-
-def forget() -> None:
-    """As a new process: nothing is compiled but what is on disk."""
-    for kernel in (amax_partials, enter, gemm):
-        kernel.device_caches.clear()
+    with a_gpu_that_is_not_here(90, lambda *, cache_hit, **_: hits.append(cache_hit)):
+        yield hits
 
 
 def calls(launch: Launch) -> None:
