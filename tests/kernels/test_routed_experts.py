@@ -111,10 +111,16 @@ def call_of(mode: tuple[str, str], experts: int = E) -> Call:
 
 
 def run(
-    backend: str, x: Tensor, weights: Weights, routing: Routing, call: Call, dtype: torch.dtype | None = None
+    backend: str,
+    x: Tensor,
+    weights: Weights,
+    routing: Routing,
+    call: Call,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
 ) -> Tensor:
-    """The backend's result where it runs, brought to the CPU."""
-    device = DEVICES[backend]
+    """The backend's result on a device, by default where it runs, brought to the CPU."""
+    device = device or DEVICES[backend]
     packed = [part.to(device) for part in get_routed_backend(backend).pack(*weights).values()]
     there = Routing(routing.indices.to(device), routing.weights.to(device), routing.weighting)
     scales = [None if s is None else s.to(device) for s in (call.input_scale, call.hidden_scale)]
@@ -352,11 +358,9 @@ def test_torch_on_a_gpu(mode: tuple[str, str], weighting: str) -> None:
     weights = make_experts(E, 144, 80)
     for tokens, top_k in ((1, 1), (7, 6), (129, 8)):
         x, routing, call = torch.randn(tokens, 144), draw_routing(tokens, top_k, weighting), call_of(mode)
-        on_gpu = Call(LIMIT, *mode, call.input_scale.cuda(), call.hidden_scale.cuda())
-        there = Routing(routing.indices.cuda(), routing.weights.cuda(), weighting)
-        got = run("torch", x.cuda(), tuple(stack.to("cuda") for stack in weights), there, on_gpu)
+        got = run("torch", x, weights, routing, call, device="cuda")
         want = wanted(x, weights, routing, call)
-        assert rel_l2(got.cpu(), want) <= against_reference(mode[0], "torch", tokens * top_k * 80)
+        assert rel_l2(got, want) <= against_reference(mode[0], "torch", tokens * top_k * 80)
 
 
 # --- packing, doors -----------------------------------------------------------------------------------------------
