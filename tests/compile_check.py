@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel of every layer for every Blackwell chip, compiled here: `make compile-check`, a table and a verdict.
 
-    shapes     V4-Pro, V4-Flash, a tensor-parallel slice of V4.1-Flash, odd multiples of 16; those also for 8 experts
+    shapes     V4-Pro, V4-Flash, a tensor-parallel slice of V4.1-Flash, odd multiples of 16; routed experts of V4-Pro,
+               V4-Flash and of odd multiples of 16
     tokens     a number for each cut in config.py's tables, and with K in one run and in several
     modes      static, dynamic, per_token
 
@@ -22,10 +23,11 @@ import triton
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES
 from nvfp4_experts.kernels.sm100.backend import OLDEST_TRITON_OF_SM_121
 from nvfp4_experts.kernels.sm100.compile import Compiled, compile_layer
-from nvfp4_experts.kernels.sm100.config import CHIPS, Chip, refusal
+from nvfp4_experts.kernels.sm100.config import CHIPS, Chip, choose_routed, refusal, routed_ranges
 
-SHAPES = [((7168, 3072), 1), ((4096, 2048), 1), ((5120, 288), 1), ((144, 80), 1), ((144, 80), 8)]
-TOKENS = [1, 32, 64, 128, 8192]
+SHAPES = [(7168, 3072), (4096, 2048), (5120, 288), (144, 80)]
+ROUTED = {(7168, 3072): 384, (4096, 2048): 256, (144, 80): 5}  # H, I: E
+TOKENS, TOP_K = [1, 32, 64, 128, 8192], 6
 # A GEMM on sm_100 multiplies out of tensor memory, where the scales are copied as they lie; on sm_120 from registers.
 _FORMS = {
     10: (r"tcgen05\.mma\.cta_group::1\.kind::mxf4nvf4\.block_scale\S*", r"tcgen05\.cp\S*"),
@@ -54,20 +56,34 @@ def problems_of(kernel: Compiled, chip: Chip) -> list[str]:
     return [f"{kernel.config}: {problem}" for problem in (*problems, *([reason] if reason else []))]
 
 
-def layers() -> Iterator[tuple[tuple[int, int], str, tuple[int, int], int, int]]:
-    """Chip, mode, (H, I), tokens and experts of each layer."""
+Layer = tuple[tuple[int, int], str, tuple[int, int], int, int, int]
+
+
+def layers() -> Iterator[Layer]:
+    """Chip, mode, (H, I), tokens, experts and top_k of each layer."""
     for capability, chip in CHIPS.items():
         if capability == (12, 1) and triton_version() < OLDEST_TRITON_OF_SM_121:
             print(f"{chip.name}: left out, Triton {triton.__version__} does not know it", file=sys.stderr)
             continue
-        for mode, (shape, groups), tokens in itertools.product(ACTIVATION_SCALES, SHAPES, TOKENS):
-            yield capability, mode, shape, tokens, groups
+        for mode, shape, tokens in itertools.product(ACTIVATION_SCALES, SHAPES, TOKENS):
+            yield capability, mode, shape, tokens, 1, 0
+        for (hidden, intermediate), experts in ROUTED.items():
+            # Tokens for each cut and split of routed experts: the most slots of a range.
+            tokens_of = {}
+            for slots in routed_ranges(max(TOKENS) * TOP_K, experts):
+                cuts = [
+                    choose_routed(chip, *rows_and_columns, slots, experts, 148)
+                    for rows_and_columns in ((2 * intermediate, hidden), (hidden, intermediate))
+                ]
+                tokens_of.setdefault(tuple(cuts), max(1, slots // TOP_K))
+            for mode, tokens in itertools.product(ACTIVATION_SCALES, tokens_of.values()):
+                yield capability, mode, (hidden, intermediate), tokens, experts, TOP_K
 
 
-def compile_one(layer: tuple[tuple[int, int], str, tuple[int, int], int, int]) -> list[Compiled]:
+def compile_one(layer: Layer) -> list[Compiled]:
     """The kernels of a layer."""
-    capability, mode, shape, tokens, groups = layer
-    return compile_layer(capability, mode, *shape, tokens, groups)
+    capability, mode, shape, tokens, experts, top_k = layer
+    return compile_layer(capability, mode, *shape, tokens, experts, top_k)
 
 
 def main() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import os
 from collections.abc import Sequence
 
@@ -94,7 +93,7 @@ def packed(experts: Sequence[tuple[Nvfp4Tensor, ...]]) -> pipeline.Experts:
 def poisoned(plan: pipeline.Plan) -> dict[str, Tensor]:
     """Scratch in the worst state: NaN, and bytes and counters that mean something."""
     fill = {torch.uint8: 0x7F, torch.int32: 3, torch.float32: float("nan")}
-    layout = plan.scratch().items()
+    layout = plan.scratch.items()
     return {name: torch.full(shape, fill[dtype], dtype=dtype, device=DEVICE) for name, (shape, dtype) in layout}
 
 
@@ -107,25 +106,21 @@ def run_layer(
     limit: float = LIMIT,
     input_scale: Tensor | None = None,
     hidden_scale: Tensor | None = None,
-    offsets: list[int] | None = None,
-    gather: list[int] | None = None,
     made: dict[str, Tensor] | None = None,
     launch: pipeline.Launch = pipeline.launch_now,
 ) -> Tensor:
     """y on the CPU, of x's dtype; scratch is left in `made` where that is given, empty."""
     hidden, intermediate = experts[0][0].shape[1], experts[0][0].shape[0]
-    tokens = offsets[-1] if offsets else len(x)
-    plan = pipeline.Plan(chip, mode, hidden, intermediate, len(experts), tokens, multiprocessors)
+    plan = pipeline.Plan(chip, mode, hidden, intermediate, 1, len(x), multiprocessors)
     scratch = poisoned(plan)
-    y = torch.full((tokens, hidden), float("nan"), dtype=x.dtype, device=DEVICE)
+    y = torch.full((len(x), hidden), float("nan"), dtype=x.dtype, device=DEVICE)
     scales: list[Tensor | None] = [None, None]
     if mode == "static":
         scales = [
             torch.tensor(default, device=DEVICE) if given is None else given.to(DEVICE)
             for given, default in ((input_scale, INPUT_SCALE), (hidden_scale, HIDDEN_SCALE))
         ]
-    rows = [None if r is None else torch.tensor(r, dtype=torch.int32, device=DEVICE) for r in (offsets, gather)]
-    activations = pipeline.Activations(*scales, limit, *rows)
+    activations = pipeline.Activations(*scales, limit)
     pipeline.run(x.to(DEVICE), packed(experts), activations, plan, scratch, y, launch)
     if made is not None:
         made.update({name: part.cpu() for name, part in scratch.items()})
@@ -233,15 +228,16 @@ def check_entered(x: Tensor, mode: str, made: dict[str, Tensor], name: str, scal
     assert torch.equal(made[f"{name}_scales"][: len(swizzled)], swizzled)
 
 
+ENTERED = [(torch.float32, mode) for mode in ACTIVATION_SCALES]
+ENTERED += [(torch.bfloat16, "per_token"), (torch.float16, "dynamic")]
+AWKWARD = [(7, (144, 80)), (130, (80, 16))]
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy: overflow of exp, inf - inf
-@pytest.mark.parametrize(
-    ("dtype", "mode"),
-    [*((torch.float32, mode) for mode in ACTIVATION_SCALES), (torch.bfloat16, "per_token"), (torch.float16, "dynamic")],
-    ids=str,
-)
+@pytest.mark.parametrize(("dtype", "mode"), ENTERED, ids=str)
 def test_entered_bytes_are_those_of_the_activation_format(dtype: torch.dtype, mode: str) -> None:
     """Codes, block scales in their swizzled places, zero padding: byte for byte, from poisoned memory."""
-    for tokens, (hidden, intermediate) in ((7, (144, 80)), (130, (80, 16))):
+    for tokens, (hidden, intermediate) in AWKWARD:
         made: dict[str, Tensor] = {}
         x = awkward(tokens, hidden).clamp(-6e4, 6e4).to(dtype)
         run_layer(x, weights_of(hidden, intermediate), mode, made=made)
@@ -352,52 +348,6 @@ def test_a_tokens_result_does_not_depend_on_the_batch(mode: str) -> None:
     whole = run_layer(x, weights_of(144, 80), mode)
     order = [3, 15, 0, 7, 7]
     assert torch.equal(run_layer(x[order], weights_of(144, 80), mode), whole[order])
-
-
-# --- groups -----------------------------------------------------------------------------------------------------------
-
-GROUPS = {"ragged": [3, 0, 1, 17, 0], "one has all": [0, 0, 21, 0, 0], "wide": [129, 0, 2, 0, 0]}
-
-
-@pytest.mark.parametrize(
-    ("which", "mode"),
-    [*(("ragged", mode) for mode in ACTIVATION_SCALES), ("one has all", "dynamic"), ("wide", "static")],
-)
-def test_groups_of_gathered_tokens(which: str, mode: str) -> None:
-    """Each group meets its own expert, its own global scales, and (static) its own activation scales."""
-    sizes, experts = GROUPS[which], weights_of(144, 80, 5)
-    x = torch.randn(23, 144)
-    offsets = [sum(sizes[:e]) for e in range(6)]
-    gather = torch.randint(0, 23, (offsets[-1],)).tolist()
-    scales = [torch.tensor([value * (1 + e / 4) for e in range(5)]) for value in (INPUT_SCALE, HIDDEN_SCALE)]
-    if mode == "dynamic":
-        gather[:23] = range(23)[: len(gather)]  # the amax is that of x: let all rows take part
-        x = x[: len(gather)]
-    got = run_layer(x, experts, mode, input_scale=scales[0], hidden_scale=scales[1], offsets=offsets, gather=gather)
-    if mode == "dynamic":
-        want = grouped_dynamic(x[gather], experts, offsets)
-    else:
-        parts = [
-            expected(x[gather[begin:end]], experts[e], mode, LIMIT, float(scales[0][e]), float(scales[1][e]))
-            for e, (begin, end) in enumerate(itertools.pairwise(offsets))
-            if end > begin
-        ]
-        want = torch.cat(parts)
-    assert rel_l2(got, want) <= bound(offsets[-1] * 80)
-
-
-def grouped_dynamic(x: Tensor, experts: Sequence[tuple[Nvfp4Tensor, ...]], offsets: list[int]) -> Tensor:
-    """The layer with one scale for x and one for h over all groups."""
-    values, scale = reference.enter(x, "nvfp4", "dynamic", None)
-    spans = [(e, slice(*span)) for e, span in enumerate(itertools.pairwise(offsets))]
-    h = torch.cat(
-        [
-            reference.swiglu(*(reference.linear(values[rows], scale, w, "nvfp4") for w in experts[e][:2]), LIMIT)
-            for e, rows in spans
-        ]
-    )
-    values, scale = reference.enter(h, "nvfp4", "dynamic", None)
-    return torch.cat([reference.linear(values[rows], scale, experts[e][2], "nvfp4") for e, rows in spans])
 
 
 # --- through the front door -------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
 import types
 from collections.abc import Iterator
@@ -12,9 +14,19 @@ import torch
 
 from nvfp4_experts.errors import LayoutError, UnsupportedError
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
-from nvfp4_experts.kernels.dispatch import Problem, choose_backend, get_backend
+from nvfp4_experts.kernels.dispatch import Problem, choose_backend, choose_routed_backend, get_backend
 from nvfp4_experts.kernels.sm100 import backend
-from nvfp4_experts.kernels.sm100.config import CHIPS, DECODING_CHIP, TOKEN_LIMITS, chip_of, choose, ranges, token_range
+from nvfp4_experts.kernels.sm100.config import (
+    CHIPS,
+    DECODING_CHIP,
+    TOKEN_LIMITS,
+    chip_of,
+    choose,
+    choose_routed,
+    ranges,
+    routed_ranges,
+    token_range,
+)
 from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layouts.scales import swizzle_scales, swizzled_offset
 
@@ -44,6 +56,9 @@ def triton_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 @pytest.mark.parametrize("capability", CHIPS)
 def test_auto_takes_it_for_nvfp4_on_blackwell_and_torch_for_the_rest(capability: tuple[int, int]) -> None:
     assert choose_backend("auto", problem(capability)).name == "sm100"
+    routed = dataclasses.replace(problem(capability), experts=8, top_k=2)
+    assert choose_routed_backend("auto", routed).name == "sm100"
+    assert choose_routed_backend("auto", dataclasses.replace(routed, activations="bf16")).name == "torch"
     for activations in ("bf16", "fp8"):
         assert choose_backend("auto", problem(capability, activations)).name == "torch"
         assert "NVFP4 alone" in (get_backend("sm100").refusal(problem(capability, activations)) or "")
@@ -125,3 +140,18 @@ def test_cut_and_split_are_functions_of_the_range_of_tokens() -> None:
     assert list(ranges(100)) == [16, 32, 64, 100] and list(ranges(16)) == [16]
     assert [token_range(tokens) for tokens in (1, 16, 17, 512, 513)] == [0, 0, 1, 5, 6]
     assert chip_of(Target("cpu", "cpu")) is None
+
+
+@pytest.mark.parametrize("experts", [1, 6, 384])
+def test_routed_cut_and_split_are_functions_of_the_range_of_slots(experts: int) -> None:
+    chip, most = CHIPS[10, 0], 8192 * 8
+    for begin, limit in itertools.pairwise((0, *routed_ranges(most, experts))):
+        cuts = {choose_routed(chip, 6144, 7168, slots, experts, 148) for slots in (begin + 1, limit)}
+        assert len(cuts) == 1
+        assert cuts.pop()[1] == (3 if limit <= 16 else 1)  # few slots may all be one expert's
+    assert [choose_routed(chip, 6144, 7168, slots, 6, 148)[0].tokens for slots in (64, 65, 256, 257)] == [
+        16,
+        32,
+        64,
+        128,
+    ]

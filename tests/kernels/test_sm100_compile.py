@@ -18,13 +18,15 @@ from nvfp4_experts.kernels.sm100.config import CHIPS, TOKEN_LIMITS, GemmConfig, 
 from tests.compile_check import problems_of, triton_version
 
 V4_PRO, V4_FLASH, RAGGED = (7168, 3072), (4096, 2048), (144, 80)
-# mode, (H, I), tokens, experts: every mode; few, more and many tokens; sizes that fill no tile; groups.
+# mode, (H, I), tokens, experts, top_k: every mode; few, more and many tokens; sizes that fill no tile; routed experts.
 LAYERS = {
-    "one token": ("static", V4_PRO, 1, 1),
-    "decode": ("dynamic", V4_PRO, 20, 1),
-    "more": ("per_token", V4_FLASH, 64, 1),
-    "prefill": ("per_token", V4_PRO, 4096, 1),
-    "ragged groups": ("static", RAGGED, 300, 5),
+    "one token": ("static", V4_PRO, 1, 1, 0),
+    "decode": ("dynamic", V4_PRO, 20, 1, 0),
+    "more": ("per_token", V4_FLASH, 64, 1, 0),
+    "prefill": ("per_token", V4_PRO, 4096, 1, 0),
+    "routed, one token": ("dynamic", V4_PRO, 1, 384, 6),
+    "routed, prefill": ("per_token", V4_FLASH, 8192, 256, 6),
+    "routed, ragged": ("static", RAGGED, 90, 5, 2),
 }
 
 
@@ -33,10 +35,11 @@ LAYERS = {
 def test_compiles_to_the_fp4_instruction_without_spills(capability: tuple[int, int], layer: tuple) -> None:
     if capability == (12, 1) and triton_version() < OLDEST_TRITON_OF_SM_121:
         pytest.skip(f"Triton {triton_version()} does not know sm_121; {OLDEST_TRITON_OF_SM_121} does")
-    mode, sizes, tokens, groups = layer
-    compiled = compile_layer(capability, mode, *sizes, tokens, groups)
+    mode, sizes, tokens, experts, top_k = layer
+    compiled = compile_layer(capability, mode, *sizes, tokens, experts, top_k)
     assert [kernel.kernel for kernel in compiled if kernel.config] == ["gemm", "gemm"]
-    assert compiled[0].kernel == ("amax_partials" if mode == "dynamic" else "enter")
+    first = "group_slots" if top_k else "amax_partials" if mode == "dynamic" else "enter"
+    assert compiled[0].kernel == first and (compiled[-1].kernel == "add_slots") == (top_k > 0)
     assert [problem for kernel in compiled for problem in problems_of(kernel, CHIPS[capability])] == []
 
 

@@ -252,6 +252,27 @@ MUTANTS = (
         "values, scale = enter(x * (indices == expert).any(-1, True), activations, activation_scale, x_scale)",
         "tests/kernels/test_routed_experts.py::test_reference_is_the_definition",
     ),
+    Mutant(
+        "routed experts built for one dtype alone, so that a captured call compiles",
+        "kernels/sm100/routed.py",
+        "(torch.bfloat16, torch.float16, torch.float32)",
+        "(torch.bfloat16,)",
+        "tests/kernels/test_sm100_warm.py::test_routed_experts_are_built_with_all_that_their_calls_launch",
+    ),
+    Mutant(
+        "rows of slots that are not here added",
+        "kernels/sm100/vendor_routed.py",
+        "torch.where((rows.group < experts)[:, None], y, 0.0)",
+        "y",
+        "tests/kernels/test_sm100_vendor.py::test_all_but_the_grouped_gemm_is_the_reference",
+    ),
+    Mutant(
+        "block scales of an expert's rows begin where its rows do",
+        "kernels/sm100/vendor_routed.py",
+        "position + places[group]",
+        "position",
+        "tests/kernels/test_sm100_vendor.py::test_all_but_the_grouped_gemm_is_the_reference",
+    ),
     # kernels: the CPU's own
     Mutant(
         "nibbles of a packed row exchanged",

@@ -65,15 +65,25 @@ def activation_global_scales(x: Tensor, mode: str, scale: Tensor | float | None 
         s = torch.as_tensor(scale, dtype=torch.float32, device=x.device)
         if s.ndim:
             raise FormatError("scale", "must have shape ()", tuple(s.shape), "use .reshape(()) for one element")
-        largest = torch.finfo(torch.float32).max / NVFP4_MAX
-        s = torch.where((s >= AMAX_FLOOR / NVFP4_MAX) & (s <= largest), s, torch.nan)
-        return s.reciprocal(), s
+        return global_scales_from_static(s)
     if mode == "dynamic":
         amax = x.abs().amax() if x.numel() else x.new_zeros(())
     elif mode == "per_token":
         amax = x.abs().amax(-1, keepdim=True)
     else:
         raise FormatError("mode", 'must be "static", "dynamic" or "per_token"', repr(mode), "pick one of them")
+    return global_scales_of(amax)
+
+
+def global_scales_from_static(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Global scales (g, s) of each calibrated scale, fp32; NaN where `activation_global_scales` says."""
+    largest = torch.finfo(torch.float32).max / NVFP4_MAX
+    s = torch.where((s >= AMAX_FLOOR / NVFP4_MAX) & (s <= largest), s, torch.nan)
+    return s.reciprocal(), s
+
+
+def global_scales_of(amax: Tensor) -> tuple[Tensor, Tensor]:
+    """Global scales (g, s) of activations with each such amax, any shape."""
     return global_scales_from_amax(amax.float(), _KERNEL)
 
 
@@ -99,12 +109,26 @@ def quantize_activation(x: Tensor, mode: str, scale: Tensor | float | None = Non
     Source: the activation quantisation kernels of vLLM, FlashInfer and TensorRT-LLM, with IEEE division.
     """
     _check_activation(x, BLOCK_SIZE)
+    blocks, block_amax = _blocks_of(x)
+    return _quantize(blocks, block_amax, *activation_global_scales(block_amax, mode, scale))
+
+
+def quantize_under(x: Tensor, g: Tensor, s: Tensor) -> Nvfp4Activation:
+    """As `quantize_activation`, under known global scales, () or (..., 1)."""
+    _check_activation(x, BLOCK_SIZE)
+    return _quantize(*_blocks_of(x), g, s)
+
+
+def _blocks_of(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x in fp32 as (..., K/16, 16), and each block's amax."""
     blocks = x.float().reshape(*x.shape[:-1], x.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
-    block_amax = blocks.abs().amax(-1)
-    g, s = activation_global_scales(block_amax, mode, scale)
+    return blocks, blocks.abs().amax(-1)
+
+
+def _quantize(blocks: Tensor, block_amax: Tensor, g: Tensor, s: Tensor) -> Nvfp4Activation:
     block_scales = _KERNEL.block_scales(block_amax, g, s)
     nibbles = encode_e2m1(_KERNEL.quotients(blocks, block_scales.float(), g, s))
-    return Nvfp4Activation(pack_codes(nibbles.reshape(x.shape)), block_scales, s)
+    return Nvfp4Activation(pack_codes(nibbles.flatten(-2)), block_scales, s)
 
 
 def quantize_fp8_rows(x: Tensor) -> tuple[Tensor, Tensor]:

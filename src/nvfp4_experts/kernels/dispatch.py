@@ -42,7 +42,16 @@ _MODULES_BY_NAME = {
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
-_ROUTED = {"sm90": "sm90.routed", "cpu": "cpu.routed", "torch": "torch_backend", "exact": "exact.backend"}
+_ROUTED = {
+    "sm100": "sm100.routed",
+    "sm90": "sm90.routed",
+    "cpu": "cpu.routed",
+    "torch": "torch_backend",
+    "exact": "exact.backend",
+    "sm100-torch": "sm100.vendor_torch",
+    "sm100-decode": "sm100.decoding",
+}
+ROUTED_BACKENDS = tuple(_ROUTED)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,10 @@
     gemm.py       a half of the layer           compile.py   what the assembler makes of it, without the chip
     enter.py      hidden states to NVFP4        dot.py       the one instruction that other machines lack
     numbers.py    the formats, bit for bit      tiles.py     what lies where
+    slots.py      which rows an expert has      warm.py      kernels compiled side by side, and loaded
 
-The same kernels run everywhere with that instruction replaced: decoding.py is the backend that does so.
+routed.py is the backend's routed experts. The same kernels run everywhere with that instruction replaced: decoding.py
+is the backend that does so.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from ...formats.nvfp4 import Nvfp4Tensor
 from ...layouts.scales import swizzle_scales, unswizzle_scales
 from ...layouts.weights import deinterleave_rows, interleave_gate_up
 from ..cuda import workspace
-from ..cuda.workspace import bytes_of
-from ..dispatch import Call, Problem
+from ..cuda.alignment import run_aligned
+from ..dispatch import Call, Problem, Routing
 from ..target import Target, target_of
-from .config import DECODING_CHIP, Chip, chip_of, ranges
+from .config import DECODING_CHIP, chip_of, ranges
 
 if TYPE_CHECKING:
     from .pipeline import Plan
@@ -92,62 +94,46 @@ class Sm100Backend:
         )
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
-        """Reserve scratch; compile and load what calls with bf16 hidden states run, by calls without a token."""
-        from .pipeline import Activations, Experts, run
+        """Reserve scratch; compile and load what calls with bf16 hidden states run."""
+        from .warm import make_ready
 
-        hidden, intermediate, mode = problem.hidden, problem.intermediate, problem.activation_scale
-        plans = [self._plan(problem.target, mode, hidden, intermediate, limit) for limit in ranges(max_tokens)]
-        if device.type == "cpu":
-            return
-        with torch.cuda.device(device), workspace.exclusive(device):
-            workspace.reserve(device, max(bytes_of(list(plan.scratch().values())) for plan in plans))
-            codes = torch.empty(1, dtype=torch.uint8, device=device)
-            scale = torch.empty((), device=device)
-            weights = Experts(codes, codes, scale, codes, codes, scale)
-            nothing = torch.empty(0, hidden, dtype=torch.bfloat16, device=device)
-            static = scale if mode == "static" else None
-            for plan in plans:
-                made = _scratch(device, plan)
-                run(nothing, weights, Activations(static, static, torch.inf), plan, made, nothing)
+        layer = problem.target, problem.activation_scale, problem.hidden, problem.intermediate
+        if device.type != "cpu":
+            make_ready(device, [self.plan(*layer, tokens) for tokens in ranges(max_tokens)], (torch.bfloat16,))
 
     def scratch_bytes(self, device: torch.device) -> int:
         return 0 if device.type == "cpu" else workspace.scratch_bytes(device)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        from .pipeline import Activations, Experts, run
+        size = weights[0].shape[0] // 2
+        plan = self.plan(target_of(x.device), call.activation_scale, x.shape[1], size, x.shape[0])
+        run_aligned(self.launch, x, weights, call, plan, None, out=out)
 
-        # Kernels are compiled for pointers that are multiples of 16; a view that begins elsewhere is copied.
-        if x.data_ptr() % 16:
-            x = x.clone()
-        if out.data_ptr() % 16:
-            self.shared_expert(x, weights, call, result := torch.empty_like(out))
-            out.copy_(result)
-            return
-        tokens, hidden = x.shape
-        mode = call.activation_scale
-        plan = self._plan(target_of(x.device), mode, hidden, weights[0].shape[0] // 2, tokens)
-        scales = (call.input_scale, call.hidden_scale) if mode == "static" else (None, None)
+    def launch(
+        self, x: Tensor, weights: list[Tensor], call: Call, plan: Plan, routing: Routing | None, out: Tensor
+    ) -> None:
+        """One call, of routed experts where there is a routing; x and out begin at multiples of 16."""
+        from .pipeline import Activations, Experts, run, scratch_of
+
+        scales = (call.input_scale, call.hidden_scale) if call.activation_scale == "static" else (None, None)
+        activations = Activations(*scales, call.clamp, routing)
         with _launching_on(x.device):
-            run(x, Experts(*weights), Activations(*scales, call.clamp), plan, _scratch(x.device, plan), out)
+            run(x, Experts(*weights), activations, plan, scratch_of(plan, x.device), out)
 
-    def _plan(self, target: Target, mode: str, hidden: int, intermediate: int, tokens: int) -> Plan:
+    def plan(
+        self, target: Target, mode: str, hidden: int, intermediate: int, tokens: int, groups: int = 1, slots: int = 0
+    ) -> Plan:
+        """How a call is cut up on that machine."""
         chip = DECODING_CHIP if self.decoding else chip_of(target)
         assert chip is not None, "refused"
-        return _cached_plan(chip, mode, hidden, intermediate, tokens, target.multiprocessors or 1)
+        return _cached_plan(chip, mode, hidden, intermediate, groups, tokens, target.multiprocessors or 1, slots)
 
 
 @functools.lru_cache(maxsize=4096)
-def _cached_plan(chip: Chip, mode: str, hidden: int, intermediate: int, tokens: int, multiprocessors: int) -> Plan:
+def _cached_plan(*arguments: Any) -> Plan:
     from .pipeline import Plan
 
-    return Plan(chip, mode, hidden, intermediate, 1, tokens, multiprocessors)
-
-
-def _scratch(device: torch.device, plan: Plan) -> dict[str, Tensor]:
-    layout = plan.scratch()
-    if device.type == "cpu":
-        return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
-    return dict(zip(layout, workspace.carve(device, *layout.values()), strict=True))
+    return Plan(*arguments)
 
 
 @contextlib.contextmanager

@@ -21,8 +21,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..dispatch import Routing
 from .config import CHIPS, Chip, GemmConfig
-from .pipeline import Activations, Experts, Plan, run
+from .pipeline import Activations, Experts, Plan, run, scratch_of
 
 _FP4 = re.compile(r"\b(?:tcgen05\.mma|mma\.sync)\S*kind::mxf4nvf4\S*")
 _BLOCK_OF_16 = re.compile(r"scale_vec::4X|block16")
@@ -31,6 +32,7 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 _TYPES = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -81,6 +83,7 @@ def compile_layer(
     intermediate: int,
     tokens: int,
     groups: int = 1,
+    top_k: int = 0,
     multiprocessors: int = 148,
     dtype: torch.dtype = torch.bfloat16,
     chip: Chip | None = None,
@@ -90,28 +93,31 @@ def compile_layer(
     Args:
         capability: a key of config.CHIPS.
         mode: one of dispatch.ACTIVATION_SCALES.
-        hidden, intermediate, tokens, groups: H, I, T, E.
+        hidden, intermediate, tokens: H, I, T.
+        groups, top_k: E and k of routed experts; k is 0 for a shared one.
         multiprocessors: of the device.
         dtype: of x and y.
         chip: with another table than that of config.CHIPS.
     """
-    plan = Plan(chip or CHIPS[capability], mode, hidden, intermediate, groups, tokens, multiprocessors)
+    slots = tokens * top_k
+    plan = Plan(chip or CHIPS[capability], mode, hidden, intermediate, groups, tokens, multiprocessors, slots)
 
     def meta(*shape: int, kind: torch.dtype = torch.uint8) -> Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    made = {name: meta(*shape, kind=kind) for name, (shape, kind) in plan.scratch().items()}
     scale = meta(kind=torch.float32)
     static = scale if mode == "static" else None
-    offsets = meta(groups + 1, kind=torch.int32) if groups > 1 else None
+    indices, factors = meta(tokens, top_k, kind=torch.int64), meta(tokens, top_k, kind=torch.float32)
+    routing = Routing(indices, factors, "before_down") if top_k else None
     weights = Experts(meta(), meta(), scale, meta(), meta(), scale)
     compiled: list[Compiled] = []
 
     def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         compiled.append(_compile(kernel, capability, arguments, constants))
 
-    activations = Activations(static, static, 10.0, offsets, offsets)
-    run(meta(tokens, hidden, kind=dtype), weights, activations, plan, made, meta(tokens, hidden, kind=dtype), launch)
+    x, y = (meta(tokens, hidden, kind=dtype) for _ in range(2))
+    made = scratch_of(plan, x.device)
+    run(x, weights, Activations(static, static, 10.0, routing), plan, made, y, launch)
     return compiled
 
 
@@ -124,8 +130,8 @@ def _compile(
     fixed = {name: value for name, value in values.items() if signature[name] == "constexpr"}
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        for place, (name, parameter) in enumerate(zip(kernel.arg_names, kernel.params, strict=True))
+        if signature[name].startswith("*") and not parameter.do_not_specialize_on_alignment
     }
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     made = triton.compile(ASTSource(kernel, signature, fixed, aligned), target=target, options=options)

@@ -21,6 +21,8 @@ from ..target import Target
 TOKEN_LIMITS = (16, 32, 64, 128, 256, 512)
 _MAX_SPLIT = 16
 _FEWEST_STEPS = 2  # of COLUMNS columns in a run of K
+_FEW_SLOTS = TOKEN_LIMITS[0]
+_SPREAD = 3, 2  # rows of an expert that a cut is made for, over the mean
 
 SCALE_TILE, TENSOR_COLUMNS = 128, 512
 
@@ -123,6 +125,27 @@ def choose(chip: Chip, rows: int, columns: int, tokens: int, multiprocessors: in
     tiles = -(-TOKEN_LIMITS[index] // config.tokens) * -(-rows // config.rows)
     steps = -(-columns // config.columns)
     return config, max(1, min(multiprocessors // tiles, steps // _FEWEST_STEPS, _MAX_SPLIT))
+
+
+def routed_ranges(max_slots: int, groups: int) -> Iterator[int]:
+    """The largest number of slots of each range up to `max_slots`, as `choose_routed` has them."""
+    limits = (_FEW_SLOTS, *(limit * groups * _SPREAD[1] // _SPREAD[0] for limit in TOKEN_LIMITS))
+    yield from (limit for limit in sorted(set(limits)) if _FEW_SLOTS <= limit < max_slots)
+    yield max_slots
+
+
+def choose_routed(
+    chip: Chip, rows: int, columns: int, slots: int, groups: int, multiprocessors: int
+) -> tuple[GemmConfig, int]:
+    """As `choose`, of routed experts, `slots` >= 1 among `groups`; a function of the range of slots.
+
+    The cut is that of the rows an expert has if all have as many, and half as many again: experts have more or less,
+    and reading weights twice costs more than multiplying empty rows. Of few slots perhaps one expert is here, so K is
+    cut as for that one.
+    """
+    if slots <= _FEW_SLOTS:
+        return choose(chip, rows, columns, slots, multiprocessors)
+    return chip.table[token_range(-(-slots * _SPREAD[0] // (groups * _SPREAD[1])))], 1
 
 
 def refusal(

@@ -5,5 +5,7 @@ For tests and diagnosis, and so never the choice of "auto": the result is that o
 """
 
 from .backend import Sm100Backend
+from .routed import Sm100RoutedExperts
 
 BACKEND = Sm100Backend("sm100-decode", decoding=True)
+ROUTED = Sm100RoutedExperts(BACKEND)

@@ -6,7 +6,8 @@
 
     MODE        the global scale                        `source`                       written to `amax`
     static      the calibrated one                      () or (E,) fp32                nothing
-    dynamic     from the amax of everything             (PARTIALS,) bits of maxima     (1,) bits
+    dynamic     from the amax of everything, or of a    (PARTIALS,) bits of maxima,    (1,) bits
+                group where PER_GROUP                   or (E,) bits
     per_token   from the amax of each row, read twice   nothing                        (T,) bits
 
 Nothing here waits for another block, allocates or asks the host. A program takes ROWS rows, which divide the 128 of a
@@ -19,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .numbers import magnitude_bits, quantize, scales_from_amax, scales_from_static
-from .tiles import blocks_of, find_group, store_quantized
+from .tiles import blocks_of, find_group, store_quantized, store_scales
 
 
 @triton.jit(do_not_specialize=["size"])
@@ -47,7 +48,7 @@ def enter(
     K: tl.constexpr,
     GROUPS: tl.constexpr,
     MODE: tl.constexpr,
-    SCALE_PER_GROUP: tl.constexpr,
+    PER_GROUP: tl.constexpr,
     PARTIALS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -66,33 +67,38 @@ def enter(
     if block < blocks_of(offsets, tokens, 128, GROUPS):
         group, begin, end, in_group, padded = find_group(block, offsets, tokens, 128, GROUPS)
         row = in_group * 128 + tl.program_id(0) % (128 // ROWS) * ROWS
-        rows = begin + row + tl.arange(0, ROWS)
-        inside = rows < end
-        from_rows = rows.to(tl.int64)
-        if gather is not None:
-            from_rows = tl.load(gather + rows, mask=inside, other=0).to(tl.int64)
         first_step = tl.program_id(1) * STEPS
-        if MODE == "static":
-            g, s = scales_from_static(tl.load(source + (group if SCALE_PER_GROUP else 0)))
-        elif MODE == "dynamic":
-            bits = tl.max(tl.load(source + tl.arange(0, PARTIALS)), axis=0)
-            if amax is not None:
-                tl.store(amax, bits, mask=program == 0)
-            g, s = scales_from_amax(bits)
+        if row >= end - begin:
+            nothing = tl.zeros((ROWS, COLUMNS // 16), tl.uint8)
+            for step in range(first_step, first_step + STEPS):
+                store_scales(scales, nothing, padded + row, step * COLUMNS, ROWS, COLUMNS, K)
         else:
-            largest = tl.zeros((ROWS,), tl.int32)
+            rows = begin + row + tl.arange(0, ROWS)
+            inside = rows < end
+            from_rows = rows.to(tl.int64)
+            if gather is not None:
+                from_rows = tl.load(gather + rows, mask=inside, other=0).to(tl.int64)
+            if MODE == "static":
+                g, s = scales_from_static(tl.load(source + (group if PER_GROUP else 0)))
+            elif MODE == "dynamic":
+                bits = tl.max(tl.load(source + (group if PER_GROUP else 0) + tl.arange(0, PARTIALS)), axis=0)
+                if amax is not None:
+                    tl.store(amax, bits, mask=program == 0)
+                g, s = scales_from_amax(bits)
+            else:
+                largest = tl.zeros((ROWS,), tl.int32)
+                for step in range(first_step, first_step + STEPS):
+                    columns = step * COLUMNS + tl.arange(0, COLUMNS)
+                    mask = inside[:, None] & (columns < K)[None, :]
+                    values = tl.load(x + from_rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
+                    largest = tl.maximum(largest, tl.max(magnitude_bits(values), axis=1))
+                tl.store(amax + rows, largest, mask=inside)
+                g, s = scales_from_amax(largest)
             for step in range(first_step, first_step + STEPS):
                 columns = step * COLUMNS + tl.arange(0, COLUMNS)
                 mask = inside[:, None] & (columns < K)[None, :]
                 values = tl.load(x + from_rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
-                largest = tl.maximum(largest, tl.max(magnitude_bits(values), axis=1))
-            tl.store(amax + rows, largest, mask=inside)
-            g, s = scales_from_amax(largest)
-        for step in range(first_step, first_step + STEPS):
-            columns = step * COLUMNS + tl.arange(0, COLUMNS)
-            mask = inside[:, None] & (columns < K)[None, :]
-            values = tl.load(x + from_rows[:, None] * K + columns[None, :], mask=mask, other=0.0)
-            tile_codes, tile_scales = quantize(values.to(tl.float32), g, s)
-            store_quantized(
-                codes, scales, tile_codes, tile_scales, begin, end, row, padded, step * COLUMNS, ROWS, COLUMNS, K
-            )
+                tile_codes, tile_scales = quantize(values.to(tl.float32), g, s)
+                store_quantized(
+                    codes, scales, tile_codes, tile_scales, begin, end, row, padded, step * COLUMNS, ROWS, COLUMNS, K
+                )

@@ -15,8 +15,8 @@ SCALE_ROWS = tl.constexpr(128)
 
 @triton.jit
 def blocks_of(offsets, tokens, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """How many blocks of ROWS rows all groups have together; no block spans two groups."""
-    if GROUPS == 1:
+    """How many blocks of ROWS rows all groups have together; no block spans two groups. No offsets: one group."""
+    if offsets is None:
         return tl.cdiv(tokens, ROWS)
     else:
         group = tl.arange(0, triton.next_power_of_2(GROUPS))
@@ -32,7 +32,7 @@ def find_group(block, offsets, tokens, ROWS: tl.constexpr, GROUPS: tl.constexpr)
     Returns its group, the group's first row and the row after its last, the block's number within the group, and the
     row at which the group begins where groups are padded to 128 rows.
     """
-    if GROUPS == 1:
+    if offsets is None:
         return 0, 0, tokens, block, 0
     else:
         index = tl.arange(0, triton.next_power_of_2(GROUPS))
@@ -58,46 +58,54 @@ def swizzled_offset(m, k, K: tl.constexpr):
 
 
 @triton.jit
-def load_codes(codes, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr):
-    """ROWS x COLUMNS/2 bytes of codes (rows, K/2), from a row on, of the step-th run of columns; zeros outside."""
-    rows = row + tl.arange(0, ROWS)
+def load_codes(codes, rows, inside, step, COLUMNS: tl.constexpr, K: tl.constexpr):
+    """(R, COLUMNS/2) bytes of codes (rows, K/2): those rows, the step-th run of columns; zeros outside."""
     bytes_ = step * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-    inside = (rows < rows_end)[:, None]
+    inside = inside[:, None]
     if K % COLUMNS:
         inside = inside & (bytes_ < K // 2)[None, :]
     return tl.load(codes + rows.to(tl.int64)[:, None] * (K // 2) + bytes_[None, :], mask=inside, other=0)
 
 
 @triton.jit
-def load_scales(
+def load_scales(scales, rows, inside, step, COLUMNS: tl.constexpr, K: tl.constexpr):
+    """(R, COLUMNS/16) block scales of a swizzled matrix, as `load_codes`."""
+    k = step * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)
+    inside = inside[:, None] & (k < (K + 63) // 64 * 4)[None, :]
+    return tl.load(scales + swizzled_offset(rows[:, None], k[None, :], K), mask=inside, other=0)
+
+
+@triton.jit
+def load_scale_tiles(
     scales, row, rows_end, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr, NATIVE: tl.constexpr
 ):
-    """ROWS x COLUMNS/16 block scales of a swizzled matrix, from a multiple of ROWS on; zeros beyond its tiles.
+    """ROWS x COLUMNS/16 block scales, ROWS and `row` multiples of 128: whole tiles, read as they lie; zeros beyond.
 
-    `rows_end`: how many rows the matrix has, without its padding. Whole tiles are read as they lie. NATIVE: as e4m3,
-    what the tensor core takes; bytes that are cast in registers would not be copied to its memory as they lie.
+    `rows_end`: how many rows the matrix has, without its padding. NATIVE: as e4m3, what the tensor core takes; bytes
+    that are cast in registers would not be copied to its memory as they lie.
     """
     column_tiles: tl.constexpr = (K + 63) // 64
+    row_tiles: tl.constexpr = ROWS // 128
+    steps: tl.constexpr = COLUMNS // 64
     if NATIVE:
         scales = scales.to(tl.pointer_type(tl.float8e4nv), bitcast=True)
-    nothing: tl.constexpr = 0.0 if NATIVE else 0
-    if ROWS % 128 == 0:
-        row_tiles: tl.constexpr = ROWS // 128
-        steps: tl.constexpr = COLUMNS // 64
-        m = row // 128 + tl.arange(0, row_tiles)
-        within = tl.arange(0, steps * 512)
-        k = step * steps + within // 512
-        inside = (m * 128 < rows_end)[:, None]
-        if column_tiles % steps:
-            inside = inside & (k < column_tiles)[None, :]
-        place = (m.to(tl.int64) * (column_tiles * 512))[:, None] + (step * (steps * 512) + within)[None, :]
-        tiles = tl.load(scales + place, mask=inside, other=nothing).reshape(row_tiles, steps, 32, 4, 4)
-        return tiles.trans(0, 3, 2, 1, 4).reshape(ROWS, COLUMNS // 16)
-    else:
-        m = row + tl.arange(0, ROWS)
-        k = step * (COLUMNS // 16) + tl.arange(0, COLUMNS // 16)
-        inside = (m < rows_end)[:, None] & (k < column_tiles * 4)[None, :]
-        return tl.load(scales + swizzled_offset(m[:, None], k[None, :], K), mask=inside, other=nothing)
+    m = row // 128 + tl.arange(0, row_tiles)
+    within = tl.arange(0, steps * 512)
+    k = step * steps + within // 512
+    inside = (m * 128 < rows_end)[:, None]
+    if column_tiles % steps:
+        inside = inside & (k < column_tiles)[None, :]
+    place = (m.to(tl.int64) * (column_tiles * 512))[:, None] + (step * (steps * 512) + within)[None, :]
+    tiles = tl.load(scales + place, mask=inside, other=0.0 if NATIVE else 0).reshape(row_tiles, steps, 32, 4, 4)
+    return tiles.trans(0, 3, 2, 1, 4).reshape(ROWS, COLUMNS // 16)
+
+
+@triton.jit
+def store_scales(scales, tile_scales, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, K: tl.constexpr):
+    """Write (ROWS, COLUMNS/16) block scales into a swizzled matrix, from a row and a column on."""
+    k = column // 16 + tl.arange(0, COLUMNS // 16)
+    place = swizzled_offset((row + tl.arange(0, ROWS))[:, None], k[None, :], K)
+    tl.store(scales + place, tile_scales, mask=(k < (K + 63) // 64 * 4)[None, :])
 
 
 @triton.jit
@@ -125,6 +133,4 @@ def store_quantized(
     tl.store(codes + rows.to(tl.int64)[:, None] * (K // 2) + bytes_[None, :], tile_codes, mask=inside)
     k = column // 16 + tl.arange(0, COLUMNS // 16)
     inside = (rows < end)[:, None] & (k < K // 16)[None, :]
-    tile_scales = tl.where(inside, tile_scales, 0)
-    place = swizzled_offset((padded + row + tl.arange(0, ROWS))[:, None], k[None, :], K)
-    tl.store(scales + place, tile_scales, mask=(k < (K + 63) // 64 * 4)[None, :])
+    store_scales(scales, tl.where(inside, tile_scales, 0), padded + row, column, ROWS, COLUMNS, K)

@@ -52,10 +52,7 @@ class VendorBackend(Sm100Backend):
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         gate_up, gate_up_scales, global_scales, down, down_scales, down_global_scale = weights
         sums, scale = self._product(x, call, call.input_scale, gate_up, gate_up_scales)
-        gate, up = sums.unflatten(1, (-1, 2, 8)).unbind(2)  # interleaved by 8
-        gate, up = gate.flatten(1) * (scale * global_scales[0]), up.flatten(1) * (scale * global_scales[1])
-        gate, up = gate.clamp(max=call.clamp), up.clamp(-call.clamp, call.clamp)
-        h = torch.nn.functional.silu(gate) * up
+        h = swiglu(sums, scale * global_scales[0], scale * global_scales[1], call.clamp)
         sums, scale = self._product(h, call, call.hidden_scale, down, down_scales)
         torch.mul(sums, scale * down_global_scale, out=sums)
         out.copy_(sums)
@@ -67,3 +64,10 @@ class VendorBackend(Sm100Backend):
         q = quantize_activation(values, call.activation_scale, static if call.activation_scale == "static" else None)
         swizzled = swizzle_scales(q.block_scales.view(torch.uint8))
         return self.multiply(q.codes, swizzled, codes, scales), q.global_scale
+
+
+def swiglu(sums: Tensor, gate_scale: Tensor, up_scale: Tensor, limit: float) -> Tensor:
+    """h (T, I) of the sums (T, 2I) of gate and up, interleaved by 8, under their scales, () or (T, 1)."""
+    gate, up = sums.unflatten(1, (-1, 2, 8)).unbind(2)
+    gate, up = gate.flatten(1) * gate_scale, up.flatten(1) * up_scale
+    return torch.nn.functional.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

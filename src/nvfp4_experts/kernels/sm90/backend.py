@@ -25,6 +25,7 @@ from torch import Tensor
 from ...formats.nvfp4 import Nvfp4Tensor
 from ...layouts.fragments import ROWS, fragment_bytes, pack_fragments, unpack_fragments
 from ...layouts.weights import deinterleave_rows, interleave_gate_up, row_amax
+from ..cuda.alignment import run_aligned
 from ..cuda.workspace import bytes_of, exclusive, reserve, scratch_bytes
 from ..dispatch import Call, Problem
 from ..target import target_of
@@ -103,13 +104,9 @@ class Sm90Backend:
         return scratch_bytes(device) + all_bytes(device)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        # Kernels load and store 16 bytes at a time; a view that begins elsewhere is rare enough to be copied.
-        if x.data_ptr() % 16:
-            x = x.clone()
-        if out.data_ptr() % 16:
-            self.shared_expert(x, weights, call, result := torch.empty_like(out))
-            out.copy_(result)
-            return
+        run_aligned(self._run, x, weights, call, out=out)
+
+    def _run(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         # Rows are whole tiles of 16: N of a packed matrix follows from its size and K.
         size = weights[0].numel() // fragment_bytes(ROWS, x.shape[1]) * ROWS // 2
         # Launches go to the current device; those of one call share scratch.

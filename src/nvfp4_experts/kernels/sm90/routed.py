@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cuda.alignment import run_aligned
 from ..cuda.workspace import bytes_of, exclusive, reserve
 from ..dispatch import Beside, Call, Problem, Routing
 from ..one_by_one import StackedExperts
@@ -47,12 +48,8 @@ class Sm90RoutedExperts(StackedExperts):
         torch.cuda.synchronize(device)
 
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-        x = _aligned(x)
         with torch.cuda.device(x.device), exclusive(x.device):
-            if _few(routing, call):
-                routed_decode.routed_experts(x, weights, routing, call, out)
-            else:
-                grouped.routed_experts(x, weights, routing, call, out)
+            run_aligned(_run, x, weights, routing, call, out=out)
 
     def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
         """Compile and load the shared expert's kernels with a result in fp32."""
@@ -61,34 +58,43 @@ class Sm90RoutedExperts(StackedExperts):
                 BACKEND.prepare_result(shared, device, max_tokens, torch.float32)
 
     def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
-        of_shared = beside.call
-        if beside.backend is not BACKEND or of_shared.activations == "fp8":
+        if beside.backend is not BACKEND or beside.call.activations == "fp8":
             super().moe(x, weights, routing, call, beside, out)
             return
-        x, same_size = _aligned(x), beside.weights[0].numel() == weights[0][0].numel()
-        same_limit = of_shared.clamp == call.clamp
         with torch.cuda.device(x.device), exclusive(x.device):
-            if _few(routing, call) and of_shared.activations == "bf16" and same_size and same_limit:
-                routed_decode.routed_experts(x, weights, routing, call, out, beside.weights)
-                return
-            # Scratch of the two calls begins at one place; what one hands the other lies behind both.
-            mode, modes = (c.activation_scale if c.activations == "nvfp4" else "bf16" for c in (of_shared, call))
-            size = beside.weights[2].shape[1]
-            experts, _, routed_size = weights[2].shape
-            top_k = routing.indices.shape[1]
-            first = gemm.scratch(mode, x.shape[1], size, len(x), x.dtype)
-            second = grouped.scratch(modes, x.shape[1], routed_size, experts, len(x), top_k)
-            addend = grouped.carve_addend(x, max(bytes_of(list(layout.values())) for layout in (first, second)))
-            BACKEND.shared_expert(x, beside.weights, of_shared, addend)
-            grouped.routed_experts(x, weights, routing, call, out, addend)
+            run_aligned(_run_beside, x, weights, routing, call, beside, out=out)
+
+
+def _run(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
+    run = routed_decode.routed_experts if _few(routing, call) else grouped.routed_experts
+    run(x, weights, routing, call, out)
+
+
+def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
+    of_shared, top_k = beside.call, routing.indices.shape[1]
+    same_size = beside.weights[0].numel() == weights[0][0].numel()
+    same_format = of_shared.activations == "bf16" and of_shared.clamp == call.clamp
+    if _few(routing, call) and same_size and same_format:
+        routed_decode.routed_experts(x, weights, routing, call, out, beside.weights)
+        return
+    # Scratch of the two calls begins at one place; what one hands the other lies behind both.
+    tokens, hidden = x.shape
+    experts, _, size = weights[2].shape
+    layouts = (
+        gemm.scratch(_mode(of_shared), hidden, beside.weights[2].shape[1], tokens, x.dtype),
+        grouped.scratch(_mode(call), hidden, size, experts, tokens, top_k),
+    )
+    addend = grouped.carve_addend(x, max(bytes_of(list(layout.values())) for layout in layouts))
+    BACKEND.shared_expert(x, beside.weights, of_shared, addend)
+    grouped.routed_experts(x, weights, routing, call, out, addend)
 
 
 def _few(routing: Routing, call: Call) -> bool:
     return call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() % 16 else x
+def _mode(call: Call) -> str:
+    return call.activation_scale if call.activations == "nvfp4" else "bf16"
 
 
 ROUTED = Sm90RoutedExperts(BACKEND)
