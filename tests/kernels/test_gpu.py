@@ -126,13 +126,18 @@ def test_out_in_fp32_is_the_sum_before_it_is_rounded(mode: tuple[str, str], toke
     assert torch.equal(out, expert(x.float())) and (out - y.float()).norm() <= 2.0**-8 * out.norm()
 
 
+def requested_bytes() -> int:
+    """What tensors hold, whatever the allocator adds where a free block fits almost."""
+    return torch.cuda.memory_stats()["requested_bytes.all.current"]
+
+
 @pytest.mark.parametrize("activations", ACTIVATIONS)
 def test_memory_is_the_packed_weights_and_scratch_that_layers_share(activations: str) -> None:
     values = 3 * 4096 * 2048
     first = make((4096, 2048), (activations, "dynamic"), "auto")
-    before, scratch = torch.cuda.memory_allocated(), first.scratch_bytes
+    before, scratch = requested_bytes(), first.scratch_bytes
     second = make((4096, 2048), (activations, "dynamic"), "auto")
-    assert torch.cuda.memory_allocated() - before <= 0.5625 * 1.02 * values
+    assert requested_bytes() - before <= 0.5625 * 1.02 * values
     if first.backend != "torch":
         assert first.scratch_bytes == scratch == second.scratch_bytes > 0
     del second

@@ -353,7 +353,8 @@ def test_torch_on_a_gpu(mode: tuple[str, str], weighting: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_pack_and_unpack_are_inverse_byte_for_byte(backend: str) -> None:
-    for shape, most in (((144, 80), 1.4), ((256, 128), 1.04)):  # tiles of scales may be padded
+    # Tiles of scales may be padded, and on Hopper rows to whole chunks of 64: (2 * 192 / 144 + 128 / 80) / 3 = 1.42.
+    for shape, most in (((144, 80), 1.46), ((256, 128), 1.04)):
         weights = make_experts(3, *shape)
         packed = get_routed_backend(backend).pack(*weights)
         assert sum(w.nbytes for w in packed.values()) <= 3 * 0.5625 * 3 * shape[0] * shape[1] * most

@@ -172,7 +172,7 @@ __device__ __forceinline__ void add_slots(const Arguments& arguments, const Shar
             for (int slot = token * top_k; slot < (token + 1) * top_k; slot++)
                 if (shared.expert_of_slot[slot] >= 0) {
                     const float weight = arguments.before_down ? 1.0f : __ldcg(arguments.weights + slot);
-                    sum += shared.rows[i][slot][row] * weight;
+                    sum = __fadd_rn(sum, __fmul_rn(shared.rows[i][slot][row], weight));  // a row is rounded first
                 }
             if (arguments.shared.gate_up) sum += shared.rows[i][arguments.tokens * top_k + token][row];
             store(arguments.y + at, sum);
