@@ -131,6 +131,11 @@ class Checkpoint:
         return float(limit)
 
     @cached_property
+    def declared_block(self) -> Block | None:
+        """The FP8 block of config.json (`weight_block_size`); None where it says nothing."""
+        return _declared_block(self)
+
+    @cached_property
     def experts(self) -> list[ExpertEntry]:
         """Every expert the names tell of, by layer, the shared one first. MTP layers are not among them."""
         return _find_experts(self)
@@ -301,7 +306,7 @@ def _declared_block(checkpoint: Checkpoint) -> Block | None:
 
 
 def _find_experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
-    block = _declared_block(checkpoint)
+    block = checkpoint.declared_block
     layers = _setting(checkpoint.config, "num_hidden_layers")
     grouped: dict[str, list[tuple[ExpertName, TensorInfo]]] = defaultdict(list)
     for name, info in checkpoint.tensors.items():
