@@ -74,13 +74,29 @@ class Fp8BlockTensor:
         Numerics: NaN values (0x7F, 0xFF) and NaN scales (e8m0 0xFF) give NaN.
         Cost: the result, and fp32 temporaries of two block rows (b0 x K), since it goes one row of blocks at a time.
         """
-        rows, columns = self.block
-        scales = decode_e8m0(self.scales) if self.scales.dtype == torch.uint8 else self.scales
+        height, rows = self.block[0], self.shape[0]
         out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
-        for i, row_scales in enumerate(scales):
-            band = slice(i * rows, (i + 1) * rows)
-            out[band] = self.values[band].float() * row_scales.repeat_interleave(columns)[: self.shape[1]]
+        for start in range(0, rows, height):
+            stop = min(start + height, rows)
+            out[start:stop] = self.dequantize_rows(start, stop, dtype)
         return out
+
+    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows [start, stop) of `dequantize`, wherever blocks begin.
+
+        Numerics: bf16 holds e4m3 times a power of two exactly, down to bf16's smallest.
+        Cost: the result, and fp32 temporaries of twice its size.
+        """
+        height, width = self.block
+        first, last = start // height, -(-stop // height)
+        stored = self.scales[first:last]
+        scales = decode_e8m0(stored) if stored.dtype == torch.uint8 else stored
+        by_row = scales.repeat_interleave(height, 0)[start - first * height : stop - first * height]
+        return (self.values[start:stop].float() * by_row.repeat_interleave(width, 1)[:, : self.shape[1]]).to(dtype)
+
+    def to(self, device: torch.device | str) -> Fp8BlockTensor:
+        """The same tensor on another device."""
+        return Fp8BlockTensor(self.values.to(device), self.scales.to(device), self.block)
 
     def __repr__(self) -> str:
         return f"Fp8BlockTensor(shape={tuple(self.shape)}, block={self.block}, device={str(self.values.device)!r})"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.stack import Nvfp4Stack
+from ..formats.stack import Nvfp4Stack, StackLike
 from .dispatch import Backend, Call, Problem, Routing
 
 
@@ -28,7 +28,7 @@ class StackedExperts:
     def refusal(self, problem: Problem) -> str | None:
         return self.one.refusal(problem)
 
-    def pack(self, gate: Nvfp4Stack, up: Nvfp4Stack, down: Nvfp4Stack) -> dict[str, Tensor]:
+    def pack(self, gate: StackLike, up: StackLike, down: StackLike) -> dict[str, Tensor]:
         stacks: dict[str, Tensor] = {}
         for expert in range(len(gate)):
             for name, tensor in self.one.pack(gate[expert], up[expert], down[expert]).items():

@@ -36,6 +36,7 @@ class TorchBackend(PlainWeights):
         empty = torch.zeros(1, 8, dtype=torch.uint8, device=device)
         decode_blocks(empty, empty[:, :1].view(torch.float8_e4m3fn), tiled.operand_dtype(device))
 
+    @torch.no_grad()
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         size = weights[0].shape[0] // 2
         gate, up, down = self.unpack(dict(enumerate(weights)), x.shape[1], size)
@@ -45,6 +46,7 @@ class TorchBackend(PlainWeights):
 class TorchRoutedExperts(StackedExperts):
     """Routed experts, one hit expert after the other: see one_by_one.py."""
 
+    @torch.no_grad()
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
         (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
         size = weights[0].shape[1] // 2

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, LayoutError
 from .checks import check_out
+from .kept_expert import KeptSharedExpert
 from .packed import NoBackward
 from .routed_experts import Nvfp4RoutedExperts
 from .routing import Router
@@ -25,7 +26,7 @@ class Nvfp4MoE(nn.Module):
         router: a `layers.routing.Router`, or any module that gives (indices (..., k), weights (..., k)) for
             (x, token_ids).
         routed: the routed experts; each has its own activation format and so may the shared one.
-        shared: the shared expert, or None. It is added unweighted.
+        shared: the shared expert, in NVFP4 or kept as it is stored, or None. It is added unweighted.
 
     Raises:
         LayoutError: parts for different hidden sizes or numbers of experts.
@@ -37,7 +38,12 @@ class Nvfp4MoE(nn.Module):
     Cost: that of its parts, and (with a shared expert) an fp32 copy of x and two fp32 results. Inference only.
     """
 
-    def __init__(self, router: nn.Module, routed: Nvfp4RoutedExperts, shared: Nvfp4SharedExpert | None = None) -> None:
+    def __init__(
+        self,
+        router: nn.Module,
+        routed: Nvfp4RoutedExperts,
+        shared: Nvfp4SharedExpert | KeptSharedExpert | None = None,
+    ) -> None:
         super().__init__()
         sizes = {"routed": routed.hidden_size}
         if shared is not None:
