@@ -271,7 +271,12 @@ def owned_experts(checkpoint: Checkpoint, layer: int, experts: Sequence[int] | N
 
 def default_weighting(checkpoint: Checkpoint) -> str:
     """Where the model's own code applies routing weights, and so what its input scales of down were calibrated on."""
-    return "before_down" if checkpoint.setting("model_type") in (None, "deepseek_v4") else "after_down"
+    return weighting_of(checkpoint.setting("model_type"))
+
+
+def weighting_of(model_type: str | None) -> str:
+    """As `default_weighting`, by the `model_type` of config.json."""
+    return "before_down" if model_type in (None, "deepseek_v4") else "after_down"
 
 
 def shared_input_scales(checkpoint: Checkpoint, entry: ExpertEntry) -> tuple[float | None, float | None]:

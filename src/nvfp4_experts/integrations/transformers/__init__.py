@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers models with this package's experts. Importing it registers the method "nvfp4_experts".
 
-    import nvfp4_experts.integrations.transformers
-    model = AutoModelForCausalLM.from_pretrained("nvfp4-dir")        NVFP4 checkpoints: quantizer.py, config.py
+import nvfp4_experts.integrations.transformers
+model = AutoModelForCausalLM.from_pretrained("nvfp4-dir")        NVFP4 checkpoints: quantizer.py, config.py
 
-    model.set_experts_implementation("nvfp4_experts")                models in memory: implementation.py
-    handle = swap_experts(model)                                     swap.py
-    scales = calibrate_model(model, batches)
+model.set_experts_implementation("nvfp4_experts")                models in memory: implementation.py
+handle = swap_experts(model)                                     swap.py
+scales = calibrate_model(model, batches)
 """
 
 from .config import Nvfp4ExpertsConfig

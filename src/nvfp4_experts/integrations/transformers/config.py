@@ -37,8 +37,8 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         activations: what enters each GEMM: "nvfp4", "fp8", "bf16" or "auto".
         activation_scale: "static", "dynamic" or "per_token"; None is static where the checkpoint has input scales for
             a layer's experts, else dynamic.
-        weighting: of routed experts: "before_down", as DeepSeek's code and the static scales of its checkpoints have
-            it, or "after_down", as transformers' own experts.
+        weighting: of routed experts: "before_down" or "after_down"; None is as `load_routed_experts`: before for
+            DeepSeek-V4, whose code weighs h and whose exports have static scales of weighted h, after for others.
         max_tokens: the most tokens of one forward, batch times length; more raises.
         backend: name of a backend, or "auto".
         recipe: how experts that are not in four bits are quantised; see `quantize`.
@@ -52,7 +52,7 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         experts: str = "stored",
         activations: str = "auto",
         activation_scale: str | None = None,
-        weighting: str = "before_down",
+        weighting: str | None = None,
         max_tokens: int = 8192,
         backend: str = "auto",
         recipe: str = "modelopt",
@@ -64,10 +64,11 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         self.quant_method = METHOD
         self.experts = checked_choice("experts", experts, EXPERTS)
         self.activations = checked_choice("activations", activations, ("auto", *ACTIVATIONS))
-        if activation_scale is not None:
-            checked_choice("activation_scale", activation_scale, ACTIVATION_SCALES)
-        self.activation_scale = activation_scale
-        self.weighting = checked_choice("weighting", weighting, WEIGHTINGS)
+        for name, value, choices in (
+            ("activation_scale", activation_scale, ACTIVATION_SCALES),
+            ("weighting", weighting, WEIGHTINGS),
+        ):
+            setattr(self, name, None if value is None else checked_choice(name, value, choices))
         self.max_tokens = checked_count("max_tokens", max_tokens, "give the largest batch you will send")
         self.backend = checked_choice("backend", backend, ("auto", *ALL_BACKENDS))
         self.recipe = checked_choice("recipe", recipe, RECIPES)

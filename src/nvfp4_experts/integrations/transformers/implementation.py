@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -27,9 +26,7 @@ _MAX_TOKENS = 8192
 _made: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Nvfp4RoutedExperts]] = WeakKeyDictionary()
 
 
-def nvfp4_experts_forward(
-    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def nvfp4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """Run a module's experts in NVFP4.
 
     Args:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quantisation method "nvfp4_experts" inside `from_pretrained` and `save_pretrained`.
 
-    before loading   modules that will hold NVFP4 experts give way to empty ones
-    loading          transformers loads all other tensors, and is told which ones are not its own (`source.py`)
-    after loading    this package loads the experts, a layer at a time, each onto the device of its block; FP8 weights
-                     that transformers has loaded as numbers are multiplied by their scales
-    saving           `saving.py`
+before loading   modules that will hold NVFP4 experts give way to empty ones
+loading          transformers loads all other tensors, and is told which ones are not its own (`source.py`)
+after loading    this package loads the experts, a layer at a time, each onto the device of its block; FP8 weights
+                 that transformers has loaded as numbers are multiplied by their scales
+saving           `saving.py`
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from ...checkpoints import load_projection, load_shared_expert
+from ...checkpoints import load_projection
 from ...errors import UnsupportedError
 from ...formats.fp8_block import Fp8BlockTensor
 from .config import METHOD, Nvfp4ExpertsConfig
-from .loading import load_routed_experts
-from .rule import SHARED, kind_of, layer_number, top_k_of
+from .rule import ROUTED, kind_of, top_k_of
 from .saving import Saver
 from .source import Source, open_files
+from .swap import load_experts
 
 
 class _Awaited(nn.Module):
@@ -93,13 +93,10 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
             "backend": config.backend,
             "recipe": config.recipe,
         }
+        routed = {"weighting": config.weighting, "top_k": top_k_of(model)}
         for name in source.experts:
-            layer, device = layer_number(name), _device_of_block(model, name)
-            if kind_of(name) == SHARED:
-                experts = load_shared_expert(source.checkpoint, layer, device, **options)
-            else:
-                routed = {"weighting": config.weighting, "top_k": top_k_of(model)}
-                experts = load_routed_experts(source.checkpoint, layer, device, **options, **routed)
+            own = options | (routed if kind_of(name) == ROUTED else {})
+            experts = load_experts(source.checkpoint, name, _device_of_block(model, name), **own)
             model.set_submodule(name, experts.eval())
         self._saver = Saver(source, model, config.recipe)
         del self._source

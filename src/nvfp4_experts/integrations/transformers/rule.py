@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules of a model are experts, by a rule and not by a list of models.
 
-shared   named `shared_expert` or `shared_experts`; children `gate_proj`, `up_proj`, `down_proj` are linear, without bias
+shared   named `shared_expert` or `shared_experts`; children `gate_proj`, `up_proj`, `down_proj` linear, without bias
 routed   named `experts`; parameters `gate_up_proj` (E, 2I, H), gate first, and `down_proj` (E, H, I), no others
 both     h = silu(min(gate, L)) * clamp(up, -L, L), L = `limit` of the module, or no clamp; tried on numbers
 """
@@ -39,7 +39,7 @@ def layer_number(name: str) -> int:
 
 
 def kind_of(name: str) -> str | None:
-    """"shared" or "routed", by the last word of a module's name; None for every other module."""
+    """ "shared" or "routed", by the last word of a module's name; None for every other module."""
     return KINDS.get(name.rpartition(".")[2])
 
 
@@ -75,6 +75,7 @@ def check_fit(name: str, module: nn.Module) -> None:
 
 def weights_of(name: str, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Gate, up and down of a module that fits: (I, H), (I, H), (H, I), with E in front where they are routed."""
+    gate: Tensor
     if kind_of(name) == SHARED:
         gate, up, down = (module.get_parameter(f"{projection}.weight") for projection in _PROJECTIONS)
         return gate, up, down
@@ -90,17 +91,21 @@ def swiglu_limit(name: str, module: nn.Module, model: nn.Module) -> float | None
     return limit
 
 
+def setting(model: nn.Module, name: str) -> Any:
+    """A setting of the language model's config; None if there is none."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, name, None)
+
+
 def top_k_of(model: nn.Module) -> int:
     """The number of experts of a token, from the model's config.
 
     Raises:
         InputError: the config does not tell.
     """
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    top_k = getattr(config, "num_experts_per_tok", None)
+    top_k = setting(model, "num_experts_per_tok")
     if top_k is None:
-        raise InputError("config", "must have num_experts_per_tok", type(config).__name__, "pass top_k")
+        raise InputError("config", "must have num_experts_per_tok", type(model).__name__, "pass top_k")
     return int(top_k)
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `save_pretrained` writes: the tensors of the checkpoint a model came from, under their names, byte for byte.
 
-    experts that were NVFP4     codes and block scales from the layer, scalars as they were read, in the same dialect
-    experts quantised on load   in the checkpoint's NVFP4 dialect, else ModelOpt's
-    input scales                as they were read, unless calibration has changed them since
-    FP8 blocks                  encoded under their old scales, which is exact for weights that nobody changed
-    the rest                    under the old name; in the old dtype where that holds the values
+experts that were NVFP4     codes and block scales from the layer, scalars as they were read, in the same dialect
+experts quantised on load   in the checkpoint's NVFP4 dialect, else ModelOpt's
+input scales                as they were read, unless calibration has changed them since
+FP8 blocks                  encoded under their old scales, which is exact for weights that nobody changed
+the rest                    under the old name; in the old dtype where that holds the values
 """
 
 from __future__ import annotations
@@ -58,16 +58,15 @@ class Saver:
 
     def __init__(self, source: Source, model: Any, recipe: str) -> None:
         self._names, self._recipe, self._declared = source.names, recipe, source.checkpoint.quantization
-        found = {p.dialect for entries in source.experts.values() for e in entries for p in e.projections.values()}
-        nvfp4 = sorted(found & NVFP4_LAYOUTS.keys())
-        self._is_new = any(p.format != "nvfp4" for es in source.experts.values() for e in es for p in e.projections.values())
-        dialect = nvfp4[0] if len(nvfp4) == 1 else "modelopt"
+        projections = [p for entries in source.experts.values() for e in entries for p in e.projections.values()]
+        nvfp4 = sorted({p.dialect for p in projections} & NVFP4_LAYOUTS.keys())
+        self._dialect = nvfp4[0] if len(nvfp4) == 1 else "modelopt"
+        self._is_new = any(p.format != "nvfp4" for p in projections)
         self._fp8 = {key: (p, source.checkpoint.read(p.names["scales"])) for key, p in source.fp8.items()}
         self._stored = {
-            name: [_layouts(source.checkpoint, entry, dialect) for entry in entries]
+            name: [_layouts(source.checkpoint, entry, self._dialect) for entry in entries]
             for name, entries in source.experts.items()
         }
-        self._dialect = dialect
         self._scales = {name: _static_scales(model.get_submodule(name)) for name in self._stored}
         # What transformers would turn names back with; here they are known, so it is left with nothing to turn.
         self._conversions, model._weight_conversions = model._weight_conversions, []
@@ -164,7 +163,8 @@ def _static_scales(experts: Any) -> _StaticScales:
 
 
 def _equal(one: _StaticScales, other: _StaticScales) -> bool:
-    return all(a is b is None or (a is not None and b is not None and torch.equal(a, b)) for a, b in zip(one, other))
+    pairs = zip(one, other, strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 def _as_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -2,7 +2,7 @@
 """What a checkpoint holds, seen from the model that is being loaded from it: who takes which tensor.
 
     experts   module name -> its entries in the checkpoint: this package takes all their tensors, layer by layer
-    fp8       parameter -> its FP8 blocks: transformers takes the values as numbers, this package multiplies by the scales
+    fp8       parameter -> its FP8 blocks: transformers takes the values as numbers, this package multiplies by scales
     names     parameter or buffer -> (tensor, dtype) of the checkpoint: transformers takes it and only renames it
 
 `ignored` names exactly what this package takes, so that a tensor which neither takes is still told as unexpected.
@@ -146,7 +146,7 @@ def _check_sizes(name: str, module: nn.Module, entries: list[ExpertEntry]) -> No
         raise ConfigMismatchError(name, rule, got, "fetch the shards that are missing, or the model's own config.json")
     for entry in entries:
         if entry.projections["gate"].shape != tuple(gate[-2:]):
-            rule, got = f"must be (I, H) = {tuple(gate[-2:])} as in config.json", entry.projections["gate"].shape
+            rule, got = f"must be (I, H) = {tuple(gate[-2:])}", str(entry.projections["gate"].shape)
             raise ConfigMismatchError(entry.prefix, rule, got, "load it with the model's own config.json")
 
 

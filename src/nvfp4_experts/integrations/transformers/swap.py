@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...checkpoints import Checkpoint, load_shared_expert, open_checkpoint
+from ...checkpoints import Checkpoint, load_routed_experts, load_shared_expert, open_checkpoint
+from ...checkpoints.load import weighting_of
 from ...errors import CalibrationError, InputError
 from ...layers.checks import checked_choice
 from ...layers.routed_experts import Nvfp4RoutedExperts
 from ...layers.shared_expert import Nvfp4SharedExpert
-from .loading import load_routed_experts
-from .rule import ROUTED, SHARED, find_experts, kind_of, layer_number, swiglu_limit, top_k_of, weights_of
+from .rule import ROUTED, SHARED, find_experts, kind_of, layer_number, setting, swiglu_limit, top_k_of, weights_of
 
 Experts = Nvfp4SharedExpert | Nvfp4RoutedExperts
 
@@ -69,7 +69,7 @@ def swap_experts(
     *,
     experts: str = "all",
     recipe: str = "modelopt",
-    weighting: str = "before_down",
+    weighting: str | None = None,
     **options: Any,
 ) -> SwapHandle:
     """Exchange experts of a model for NVFP4 ones.
@@ -80,10 +80,11 @@ def swap_experts(
             weights the model holds.
         experts: "all", "routed" or "shared".
         recipe: how floating weights are quantised; see `quantize`.
-        weighting: of routed experts; "before_down" as DeepSeek's code and checkpoints have it, "after_down" as
-            transformers does. The two differ in rounding, and in what a static hidden scale is of.
+        weighting: of routed experts: "before_down" or "after_down"; None is where the model's own code applies routing
+            weights: before in DeepSeek-V4, after in others. transformers' modules weigh after down in all models; the
+            two differ in rounding, and in what a static hidden scale is of.
         **options: of `Nvfp4SharedExpert` and `Nvfp4RoutedExperts`: activations, activation_scale, max_tokens, backend.
-            The SwiGLU limit comes from the module or its config, or from the checkpoint's.
+            The SwiGLU limit comes from the module or its config, or from the checkpoint's; top_k from the config.
 
     Returns:
         A handle with the experts and `restore()`.
@@ -98,26 +99,19 @@ def swap_experts(
     kinds = (ROUTED, SHARED) if checked_choice("experts", experts, ("all", ROUTED, SHARED)) == "all" else (experts,)
     originals = {name: module for kind in kinds for name, module in find_experts(model, kind).items()}
     opened = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
-    routed_options = {"weighting": weighting, **options}
+    options |= {"recipe": recipe}
+    routed: dict[str, Any] = {"weighting": weighting or weighting_of(setting(model, "model_type"))}
     if ROUTED in kinds:
-        routed_options.setdefault("top_k", top_k_of(model))
+        routed["top_k"] = top_k_of(model)
     swapped: dict[str, Experts] = {}
     for name, module in originals.items():
         weights = weights_of(name, module)
-        shared = kind_of(name) == SHARED
+        own = options | (routed if kind_of(name) == ROUTED else {})
         if opened is not None:
-            load = load_shared_expert if shared else load_routed_experts
-            chosen = options if shared else routed_options
-            layer, device = layer_number(name), weights[0].device
-            swapped[name] = load(opened, layer, device=device, recipe=recipe, **chosen)
-            continue
-        limit = swiglu_limit(name, module, model)
-        if shared:
-            swapped[name] = Nvfp4SharedExpert.from_weights(*weights, recipe=recipe, swiglu_limit=limit, **options)
+            swapped[name] = load_experts(opened, name, weights[0].device, **own)
         else:
-            swapped[name] = Nvfp4RoutedExperts.from_weights(
-                *weights, recipe=recipe, swiglu_limit=limit, **routed_options
-            )
+            layer = Nvfp4RoutedExperts if kind_of(name) == ROUTED else Nvfp4SharedExpert
+            swapped[name] = layer.from_weights(*weights, swiglu_limit=swiglu_limit(name, module, model), **own)
     for name, expert in swapped.items():
         model.set_submodule(name, expert)
     return SwapHandle(model, swapped, originals)
@@ -128,6 +122,14 @@ def swap_shared_experts(
 ) -> SwapHandle:
     """`swap_experts(model, checkpoint, experts="shared")`: the routed experts stay as they are."""
     return swap_experts(model, checkpoint, experts=SHARED, recipe=recipe, **options)
+
+
+def load_experts(checkpoint: Checkpoint, name: str, device: torch.device, **options: Any) -> Experts:
+    """The experts of a module, by its name, from a checkpoint; options are those of `load_shared_expert` or
+    `load_routed_experts`.
+    """
+    load = load_shared_expert if kind_of(name) == SHARED else load_routed_experts
+    return load(checkpoint, layer_number(name), device, **options)
 
 
 def experts_of(model: nn.Module) -> dict[str, Experts]:
@@ -201,9 +203,9 @@ def calibrate_model(
     return {layer: (e.input_scale, e.hidden_scale) for layer, e in shared.items()}  # type: ignore[misc]
 
 
-def _calibrating(name: str, experts: Experts, percentile: float | None, reached: set[str]) -> Any:
+def _calibrating(name: str, experts: Any, percentile: float | None, reached: set[str]) -> Any:
     def calibrate(*arguments: Tensor) -> Tensor:
-        y = experts.calibrate(*arguments, percentile=percentile)
+        y: Tensor = experts.calibrate(*arguments, percentile=percentile)
         reached.add(name)
         return y
 

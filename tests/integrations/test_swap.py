@@ -89,7 +89,7 @@ def test_calibration_goes_to_disk_and_back(
     handle.restore()
     again = swap_shared_experts(model, checkpoint=open_checkpoint(tmp_path / "nvfp4").path, activations="nvfp4")
     assert {e.activation_scale for e in again.experts.values()} == {"static"}
-    assert {n: (e.input_scale, e.hidden_scale) for n, e in again.layers.items()} == scales
+    assert {n: (e.input_scale, e.hidden_scale) for n, e in again.shared.items()} == scales
     assert nats_per_byte(model, *windows) == static
 
 
@@ -151,7 +151,7 @@ def test_by_rule_not_by_list() -> None:
     model, x = other_model(Mlp()), torch.randn(4, 32)
     want = model.layers[0].mlp.shared_expert(x)
     handle = swap_shared_experts(model, activations="bf16")
-    assert handle.layers[0].swiglu_limit == 0.0
+    assert handle.shared[0].swiglu_limit == 0.0
     got = model.layers[0].mlp.shared_expert(x)
     assert (got - want).norm() < 0.3 * want.norm()
 
