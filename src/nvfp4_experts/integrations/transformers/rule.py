@@ -75,12 +75,11 @@ def check_fit(name: str, module: nn.Module) -> None:
 
 def weights_of(name: str, module: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     """Gate, up and down of a module that fits: (I, H), (I, H), (H, I), with E in front where they are routed."""
-    gate: Tensor
-    if kind_of(name) == SHARED:
-        gate, up, down = (module.get_parameter(f"{projection}.weight") for projection in _PROJECTIONS)
-        return gate, up, down
-    gate, up = module.get_parameter("gate_up_proj").chunk(2, dim=1)
-    return gate, up, module.get_parameter("down_proj")
+    if kind_of(name) == ROUTED:
+        gate, up = module.get_parameter("gate_up_proj").chunk(2, dim=1)
+        return gate, up, module.get_parameter("down_proj")
+    first, second, third = (module.get_parameter(f"{projection}.weight") for projection in _PROJECTIONS)
+    return first, second, third
 
 
 def swiglu_limit(name: str, module: nn.Module, model: nn.Module) -> float | None:
