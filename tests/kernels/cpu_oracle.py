@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
+from nvfp4_experts.formats.stack import Nvfp4Stack
 from nvfp4_experts.kernels import reference
-from nvfp4_experts.kernels.dispatch import Call
+from nvfp4_experts.kernels.dispatch import Call, Routing
 
 
 def shared_expert(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor, call: Call) -> Tensor:
@@ -25,6 +26,30 @@ def shared_expert(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tens
     h = swiglu(linear(values, scale, gate, call), linear(values, scale, up, call), call.clamp)
     values, scale = reference.enter(h, call.activations, call.activation_scale, call.hidden_scale)
     return linear(values, scale, down, call).to(x.dtype)
+
+
+def routed_experts(
+    x: Tensor, gate: Nvfp4Stack, up: Nvfp4Stack, down: Nvfp4Stack, routing: Routing, call: Call
+) -> Tensor:
+    """(T, H) to (T, H) fp32: h times its weight as one fp32 product (or the row), then slots in ascending order."""
+    before, mode = routing.weighting == "before_down", (call.activations, call.activation_scale)
+    rows = torch.zeros(*routing.indices.shape, x.shape[1])
+    for e in range(len(gate)):
+        token, slot = (routing.indices == e).nonzero(as_tuple=True)
+        if not len(token):
+            continue
+        factor = routing.weights[token, slot, None]
+        input_scale, hidden_scale = (None if s is None else s[e] for s in (call.input_scale, call.hidden_scale))
+        values, scale = reference.enter(x, *mode, input_scale)
+        values, scale = values[token], scale[token] if scale.ndim else scale
+        h = swiglu(linear(values, scale, gate[e], call), linear(values, scale, up[e], call), call.clamp)
+        entered = reference.enter(h * factor if before else h, *mode, hidden_scale)
+        row = linear(*entered, down[e], call)
+        rows[token, slot] = row if before else row * factor
+    total = torch.zeros(x.shape)
+    for row_of_slot in rows.unbind(1):
+        total = total + row_of_slot
+    return total
 
 
 def linear(values: Tensor, scale: Tensor, w: Nvfp4Tensor, call: Call) -> Tensor:

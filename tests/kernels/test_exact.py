@@ -14,10 +14,11 @@ from nvfp4_experts.formats.activations import quantize_activation
 from nvfp4_experts.formats.codes import pack_codes
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
 from nvfp4_experts.kernels import native, reference
-from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Call, Problem, get_backend
+from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, WEIGHTINGS, Call, Problem, Routing, get_backend
 from nvfp4_experts.kernels.exact import rule
 from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layers.shared_expert import Nvfp4SharedExpert
+from tests.kernels import test_routed_experts as routed
 from tests.kernels.exact_oracle import bits_of, exact_sum
 from tests.kernels.test_shared_expert import make_expert, run
 
@@ -202,6 +203,25 @@ def test_a_layer_is_the_reference_on_exact_sums(mode: str) -> None:
     assert torch.equal(run("exact", x, weights, Call(1.0, "nvfp4", mode, *scales)), wanted)
     half = run("exact", x.bfloat16(), weights, Call(1.0, "nvfp4", mode, *scales))
     assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("mode", ACTIVATION_SCALES)
+def test_routed_experts_are_the_reference_on_exact_sums(mode: str, weighting: str) -> None:
+    (gate, up, down), x = routed.make_experts(3, 80, 48), torch.randn(4, 80)
+    call = Call(1.0, "nvfp4", mode, *routed.static_scales(3))
+    indices = torch.tensor([[2, 0], [1, 2], [2, 2], [3, 0]])  # 3 is not here
+    routing = Routing(indices, torch.randn(4, 2), weighting)
+    rows = torch.zeros(4, 2, 80)
+    for e in range(3):
+        token, slot = (indices == e).nonzero(as_tuple=True)
+        factor = routing.weights[token, slot, None]
+        before, after = (factor, 1.0) if weighting == "before_down" else (1.0, factor)
+        g, u = (by_the_port(x, w[e], mode, call.input_scale[e])[token] for w in (gate, up))
+        rows[token, slot] = (
+            by_the_port(reference.swiglu(g, u, 1.0) * before, down[e], mode, call.hidden_scale[e]) * after
+        )
+    assert torch.equal(routed.run("exact", x, (gate, up, down), routing, call), rows[:, 0] + rows[:, 1])
 
 
 def test_what_it_does_not_compute_is_refused() -> None:

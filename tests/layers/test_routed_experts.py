@@ -122,7 +122,8 @@ def test_bad_calls_raise_before_any_work(change: object, message: str) -> None:
         ({"input_scale": torch.ones(E + 1)}, InputError),
         ({"hidden_scale": torch.zeros(E)}, InputError),
         ({"backend": "abacus"}, UnsupportedError),
-        ({"backend": "exact", "activations": "nvfp4"}, UnsupportedError),
+        ({"backend": "exact", "activations": "bf16"}, UnsupportedError),
+        ({"backend": "sm100-torch", "activations": "nvfp4"}, UnsupportedError),
     ],
 )
 def test_bad_options(options: dict[str, object], error: type[Nvfp4Error]) -> None:
@@ -306,3 +307,134 @@ def test_what_is_wrong_with_the_options_shows_before_the_second_expert() -> None
         with pytest.raises(Nvfp4Error):
             Nvfp4RoutedExperts.from_experts(source, E, **options)
         assert source.taken == 1
+
+
+# --- calibration --------------------------------------------------------------------------------------------------
+
+
+def rows_of(expert: int, indices: Tensor) -> tuple[Tensor, Tensor]:
+    return (indices == expert).nonzero(as_tuple=True)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_calibration_covers_what_each_expert_saw(weighting: str, backend: str) -> None:
+    """Twice, so that the scales are the maximum over calls; index E is not here, and expert 4 sees nothing."""
+    experts = make(weighting=weighting, backend=backend)
+    calls = [(x, i.clamp(max=3), w) for x, i, w in (inputs(9), inputs(2, 4))]
+    calls[0][1][0] = E
+    want = [torch.full((E,), torch.nan) for _ in range(2)]
+    for x, indices, w in calls:
+        got = experts.calibrate(x, indices, w)
+        assert torch.equal(got, experts(x, indices, w)) and got.shape == x.shape
+        for e in range(4):
+            *token, slot = (indices == e).nonzero(as_tuple=True)
+            rows = x[tuple(token)]
+            h = reference.swiglu(rows @ experts.gate[e].dequantize().T, rows @ experts.up[e].dequantize().T, 10.0)
+            entering = h * w[(*token, slot)][:, None] if weighting == "before_down" else h
+            for scales, values in zip(want, (rows, entering), strict=True):
+                if len(rows):
+                    scales[e] = torch.fmax(scales[e], values.abs().amax() / 2688)
+    assert not torch.equal(want[0][0], want[0][1])
+    assert torch.equal(experts.input_scale[:4], want[0][:4]) and experts.input_scale[4].isnan()
+    torch.testing.assert_close(experts.hidden_scale, want[1], rtol=2**-6, atol=0.0, equal_nan=True)  # bf16 enters
+    assert experts.uncalibrated == (4,)
+
+
+def test_a_percentile_is_of_each_experts_own_values() -> None:
+    experts, (x, _, w) = make(), inputs(40)
+    indices = torch.arange(40 * K).view(40, K) % 2
+    x[0], x[1] = 100.0, 50.0
+    indices[0], indices[1] = 0, 1
+    w[:2] = 1.0
+    experts.calibrate(x, indices, w, percentile=50)
+    for e in range(2):
+        token, _ = rows_of(e, indices)
+        values = x[token].abs().flatten()
+        want = values.kthvalue(-(-len(values) // 2)).values
+        assert experts.input_scale[e] == want / 2688 < 2 / 2688
+    with pytest.raises(InputError, match="percentile"):
+        experts.calibrate(x, indices, w, percentile=0)
+
+
+def test_static_scales_of_every_expert_are_needed_or_named() -> None:
+    experts = make(activations="nvfp4", activation_scale="static")
+    assert experts.uncalibrated == tuple(range(E))
+    with pytest.raises(CalibrationError, match=r"must be known of some expert.*call calibrate"):
+        experts.fill_uncalibrated()
+    x, indices, w = inputs(20)
+    experts.calibrate(x, torch.where(indices > 2, 0, indices), w)
+    assert experts.uncalibrated == (3, 4) and "static scales known of all but 2 experts" in repr(experts)
+    with pytest.raises(
+        CalibrationError, match=r"of every expert, got none of 2 of 5 experts: 3, 4; .*fill_uncalibrated"
+    ):
+        experts(x, torch.zeros_like(indices), w)
+    fp8 = experts.with_activations("fp8")
+    assert torch.isfinite(fp8(x, indices, w)).all()
+    before = experts.input_scale, experts.hidden_scale
+    assert experts.fill_uncalibrated() == (3, 4)
+    for old, new in zip(before, (experts.input_scale, experts.hidden_scale), strict=True):
+        assert torch.equal(new[:3], old[:3]) and (new[3:] == old[:3].amax()).all()
+    assert torch.isfinite(experts(x, indices, w)).all()
+    assert experts.fill_uncalibrated() == ()
+    many = Nvfp4RoutedExperts.from_weights(*(torch.ones(20, 16, 16) for _ in range(3)), activations="nvfp4")
+    many.calibrate(torch.ones(1, 16), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    with pytest.raises(CalibrationError, match=r"none of 19 of 20 experts: 1, 2, 3, 4, 5, 6, 7, 8, \.\.\.; "):
+        many.with_activations("nvfp4", "static")(
+            torch.ones(1, 16), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+        )
+
+
+def test_unknown_scales_travel_in_a_state_dict() -> None:
+    source, (x, indices, w) = make(), inputs(20)
+    source.calibrate(x, indices.clamp(max=3), w)
+    for other in (make(), make_in(("nvfp4", "static"))):
+        other.load_state_dict(source.state_dict())
+        assert other.uncalibrated == source.uncalibrated == (4,)
+        torch.testing.assert_close(other.hidden_scale, source.hidden_scale, rtol=0, atol=0, equal_nan=True)
+    other.load_state_dict(make_in(("nvfp4", "static")).state_dict())
+    assert other.uncalibrated == ()
+    assert make(input_scale=source.input_scale, hidden_scale=1.0).uncalibrated == (4,)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_calibration_that_fails_leaves_the_scales(value: float) -> None:
+    experts, (x, indices, w) = make(), inputs(9)
+    experts.calibrate(x, indices, w)
+    before = [s.clone() for s in (experts.input_scale, experts.hidden_scale)]
+    louder = 2 * x
+    louder[8, 3] = value
+    with pytest.raises(CalibrationError, match=rf"hidden states of expert {indices[8].min()}: must be finite"):
+        experts.calibrate(louder, indices, w)
+    with pytest.raises(CalibrationError, match="at least one token"):
+        experts.calibrate(x[:0], indices[:0], w[:0])
+    assert all(torch.equal(a, b) for a, b in zip(before, (experts.input_scale, experts.hidden_scale), strict=True))
+
+
+def test_zeros_say_nothing_about_a_scale() -> None:
+    """A padded token, and a weight of 0: not an error, and not a scale."""
+    experts, (x, _, _) = make(), inputs(3)
+    x[1] = 0.0
+    experts.calibrate(x, torch.tensor([[0], [1], [2]]), torch.tensor([[1.0], [1.0], [0.0]]))
+    assert experts.uncalibrated == (1, 2, 3, 4)
+    assert experts.input_scale.isnan().tolist() == [False, True, False, True, True]
+    assert torch.equal(experts.calibrate(x, torch.full((3, 1), E), torch.ones(3, 1)), torch.zeros(3, H))
+    assert experts.uncalibrated == (1, 2, 3, 4)
+
+
+def test_calibrated_scales_are_used_and_do_not_saturate() -> None:
+    """On the text of the calibration, static scales are as good as dynamic ones."""
+    experts, (x, indices, w) = make(activations="nvfp4", activation_scale="static"), inputs(64)
+    exact = experts.calibrate(x, indices, w)
+
+    def error(layer: Nvfp4RoutedExperts) -> float:
+        return float((layer(x, indices, w) - exact).norm() / exact.norm())
+
+    assert error(experts) < 1.1 * error(experts.with_activations("nvfp4", "dynamic"))
+    saturating = make(
+        activations="nvfp4",
+        activation_scale="static",
+        input_scale=experts.input_scale / 32,
+        hidden_scale=experts.hidden_scale / 32,
+    )
+    assert error(saturating) > 2 * error(experts)

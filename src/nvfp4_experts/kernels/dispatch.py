@@ -42,7 +42,7 @@ _MODULES_BY_NAME = {
 ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
-_ROUTED = {"cpu": "cpu.routed", "torch": "torch_backend"}
+_ROUTED = {"cpu": "cpu.routed", "torch": "torch_backend", "exact": "exact.backend"}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ BUILD = "pip install . (or, in a checkout, make native) with a C++17 compiler: G
 _NAME = "libnvfp4_experts_cpu" + (".dylib" if sys.platform == "darwin" else ".so")
 _HERE = Path(__file__).parent / "cpu"
 _WEIGHTS = ("gate_up", "gate_up_global_scales", "gate_up_row_amax", "down", "down_global_scale", "down_row_amax")
-_POINTERS = ("x", "y", *_WEIGHTS, "input_scale", "hidden_scale", "input_amax", "factors", "scratch")
+_POINTERS = ("x", "y", *_WEIGHTS, "input_scale", "hidden_scale", "scratch")
 
 
 class Call(ctypes.Structure):
@@ -40,6 +40,17 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "intermediate")),
         ("clamp", ctypes.c_float),
         *((name, ctypes.c_int32) for name in ("element", "activations", "scale_mode", "threads", "tier")),
+    )
+
+
+class RoutedCall(ctypes.Structure):
+    """`RoutedCall` of csrc/api.h, field by field."""
+
+    _fields_ = (
+        ("layer", Call),
+        *((name, ctypes.c_void_p) for name in ("indices", "weights")),
+        *((name, ctypes.c_int64) for name in ("top_k", "experts")),
+        *((name, ctypes.c_int32) for name in ("index_bytes", "out_element", "weigh_after_down")),
     )
 
 
@@ -78,6 +89,10 @@ class Library:
         handle = ctypes.CDLL(str(file))
         self.shared_expert = _declared(handle.nvfp4_shared_expert, None, ctypes.POINTER(Call))
         self.scratch_bytes = _declared(handle.nvfp4_scratch_bytes, ctypes.c_int64, ctypes.POINTER(Call))
+        self.routed_experts = _declared(handle.nvfp4_routed_experts, None, ctypes.POINTER(RoutedCall))
+        self.routed_scratch_bytes = _declared(
+            handle.nvfp4_routed_scratch_bytes, ctypes.c_int64, ctypes.POINTER(RoutedCall)
+        )
         self.exact = _declared(handle.nvfp4_exact, None, ctypes.POINTER(Exact))
         self.exact_entered_bytes = _declared(
             handle.nvfp4_exact_entered_bytes, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64
@@ -110,7 +125,7 @@ def load() -> tuple[Library | None, str]:
         expected = source_digest()
         if expected is not None and library.source_digest != expected:
             reasons.append(f"{file} was built from other sources than {_HERE / 'csrc'}; build it again: {BUILD}")
-        elif library.call_bytes != ctypes.sizeof(Call) + ctypes.sizeof(Exact):
+        elif library.call_bytes != sum(ctypes.sizeof(structure) for structure in (Call, RoutedCall, Exact)):
             reasons.append(f"{file} is of another version of this package; build it again: {BUILD}")
         else:
             return library, ""

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts by way of shared ones: what backends have in common that run one hit expert after the other.
+"""Routed experts by way of shared ones: what backends have in common.
 
-packed form   that of a shared expert, E times, stacked
-a call        slots grouped by expert (the counts are read on the host: a GPU waits here);
-              rows (T * k, H) fp32, one a slot, each expert writing its own; a token's are added in slot order
+packed form   that of a shared expert, E times, stacked (`StackedExperts`)
+a call        one hit expert after the other (`OneByOne`): slots grouped by expert (the counts are read on the host: a
+              GPU waits here); rows (T * k, H) fp32, one a slot, each expert writing its own; a token's are added in
+              slot order
 """
 
 from __future__ import annotations
@@ -68,6 +69,38 @@ def of_expert(call: Call, expert: int) -> Call:
     """The call with that expert's static scales in place of all."""
     input_scale, hidden_scale = (None if s is None else s[expert] for s in (call.input_scale, call.hidden_scale))
     return dataclasses.replace(call, input_scale=input_scale, hidden_scale=hidden_scale)
+
+
+class OneByOne(StackedExperts):
+    """Routed experts, one hit expert after the other, from how x enters and what one expert computes."""
+
+    def enter(self, x: Tensor, call: Call, static_scale: Tensor | None) -> Any:
+        """x (T, H) in its activation format."""
+        raise NotImplementedError
+
+    def take(self, entered: Any, token: Tensor) -> Any:
+        """Rows of what `enter` gave, in the order of `token`."""
+        raise NotImplementedError
+
+    def expert(self, entered: Any, weights: dict[int, Tensor], call: Call, factors: Tensor | None) -> Tensor:
+        """Rows (T, H) fp32 of one expert; h is multiplied by `factors` (T, 1) before it enters, if there are any."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
+        (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
+        factors = routing.weights.view(-1, 1)
+        # Static scales of x are an expert's own; by any other rule x enters once, whole, for all experts.
+        static = call.activations == "nvfp4" and call.activation_scale == "static"
+        entered = None if static else self.enter(x, call, None)
+        rows = torch.zeros(tokens * top_k, hidden, device=x.device)
+        for expert, slots in hit_experts(routing, len(weights[0])):
+            own, token, weight = of_expert(call, expert), slots // top_k, factors[slots]
+            here = self.enter(x[token], own, own.input_scale) if entered is None else self.take(entered, token)
+            before = routing.weighting == "before_down"
+            result = self.expert(here, {i: w[expert] for i, w in enumerate(weights)}, own, weight if before else None)
+            rows[slots] = result if before else result * weight
+        add_slots(rows.view(tokens, top_k, hidden), out)
 
 
 def add_slots(rows: Tensor, out: Tensor) -> None:

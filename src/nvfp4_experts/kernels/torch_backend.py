@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ..formats.codes import decode_blocks
 from . import tiled
-from .dispatch import Call, Problem, Routing
-from .one_by_one import StackedExperts, add_slots, hit_experts, of_expert
+from .dispatch import Call, Problem
+from .one_by_one import OneByOne
 from .plain import PlainWeights
 
 TILE_VALUES = 1 << 20
@@ -43,34 +43,29 @@ class TorchBackend(PlainWeights):
         tiled.shared_expert(x, tiled.tiles_of(gate, up, down, TILE_VALUES), size, call, out)
 
 
-class TorchRoutedExperts(StackedExperts):
+class TorchRoutedExperts(OneByOne):
     """Routed experts, one hit expert after the other: see one_by_one.py."""
 
-    @torch.no_grad()
-    def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-        (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
-        size = weights[0].shape[1] // 2
-        factors = routing.weights.view(-1, 1)
-        # Static scales of x are an expert's own; by any other rule x enters once, whole, for all experts.
-        static = call.activations == "nvfp4" and call.activation_scale == "static"
-        entered = None if static else tiled.enter(x, call, None)
-        rows = torch.zeros(tokens * top_k, hidden, device=x.device)
-        for expert, slots in hit_experts(routing, len(weights[0])):
-            own, token = of_expert(call, expert), slots // top_k
-            values, scale = _take(entered, token) if entered else tiled.enter(x[token], own, own.input_scale)
-            gate, up, down = self.one.unpack({i: w[expert] for i, w in enumerate(weights)}, hidden, size)
-            tiles = tiled.tiles_of(gate, up, down, TILE_VALUES)
-            before = factors[slots] if routing.weighting == "before_down" else None
-            result = torch.empty(len(slots), hidden, device=x.device)
-            tiled.one_expert(values, scale, tiles, size, own, result, before)
-            rows[slots] = result if before is not None else result * factors[slots]
-        add_slots(rows.view(tokens, top_k, hidden), out)
+    def enter(self, x: Tensor, call: Call, static_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return tiled.enter(x, call, static_scale)
 
+    def take(self, entered: tuple[Tensor, Tensor | None], token: Tensor) -> tuple[Tensor, Tensor | None]:
+        values, scale = entered
+        return values[token], scale if scale is None or scale.ndim == 0 else scale[token]
 
-def _take(entered: tuple[Tensor, Tensor | None], token: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Rows of what `tiled.enter` gave, in the order of `token`."""
-    values, scale = entered
-    return values[token], scale if scale is None or scale.ndim == 0 else scale[token]
+    def expert(
+        self,
+        entered: tuple[Tensor, Tensor | None],
+        weights: dict[int, Tensor],
+        call: Call,
+        factors: Tensor | None,
+    ) -> Tensor:
+        (values, scale), size = entered, weights[0].shape[0] // 2
+        gate, up, down = self.one.unpack(weights, values.shape[1], size)
+        tiles = tiled.tiles_of(gate, up, down, TILE_VALUES)
+        rows = torch.empty(values.shape, device=values.device)
+        tiled.one_expert(values, scale, tiles, size, call, rows, factors)
+        return rows
 
 
 BACKEND = TorchBackend()

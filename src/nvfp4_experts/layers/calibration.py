@@ -18,6 +18,12 @@ from ..errors import CalibrationError, InputError
 from ..formats.nvfp4 import global_scale_from_amax
 
 
+def check_percentile(percentile: float | None) -> None:
+    """In (0, 100], or None for the maximum; InputError if not."""
+    if percentile is not None and not 0 < percentile <= 100:
+        raise InputError("percentile", "must be in (0, 100]", percentile, "use 99.9, or None for the maximum")
+
+
 def observed_scale(name: str, values: Tensor, percentile: float | None, previous: Tensor | None) -> Tensor:
     """The running static scale after seeing `values`.
 
@@ -36,8 +42,7 @@ def observed_scale(name: str, values: Tensor, percentile: float | None, previous
 
     Cost: one pass and one host read (two of each with a percentile).
     """
-    if percentile is not None and not 0 < percentile <= 100:
-        raise InputError("percentile", "must be in (0, 100]", percentile, "use 99.9, or None for the maximum")
+    check_percentile(percentile)
     magnitudes = values.detach().float().abs().flatten()
     if magnitudes.numel() == 0:
         raise CalibrationError(name, "needs at least one token", "none", "calibrate on text that reaches this layer")

@@ -55,13 +55,18 @@ def checked_count(name: str, count: int, way_out: str) -> int:
 def checked_scale(
     name: str, scale: float | Tensor | None, device: torch.device, experts: int | None = None
 ) -> Tensor | None:
-    """A static scale as a new fp32 tensor: () of one expert, (E,) of `experts`, for which one number may stand."""
+    """A static scale as a new fp32 tensor: () of one expert, (E,) of `experts`, for which one number may stand.
+
+    NaN in an (E,) is an expert whose scale is unknown.
+    """
     if scale is None:
         return None
     tensor = torch.as_tensor(scale, dtype=torch.float32).detach().to(device)
-    fits = tensor.numel() == 1 or (experts is not None and tuple(tensor.shape) == (experts,))
-    if not fits or not (torch.isfinite(tensor) & (tensor > 0)).all():
-        rule = "must be one finite number > 0" + (f", or one for each of {experts} experts" if experts else "")
+    of_each = experts is not None and tuple(tensor.shape) == (experts,)
+    fits = tensor.numel() == 1 or of_each
+    if not fits or not (torch.isfinite(tensor) & (tensor > 0) | (torch.isnan(tensor) if of_each else False)).all():
+        of_experts = f", or one for each of {experts} experts, NaN where it is unknown" if experts else ""
+        rule = f"must be one finite number > 0{of_experts}"
         got = tuple(tensor.shape) if tensor.numel() > 1 and not fits else scale
         raise InputError(name, rule, got, "give amax / 2688 in decode direction, or None")
     if experts is None:

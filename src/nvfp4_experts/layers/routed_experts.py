@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import FormatError, InputError, LayoutError
+from ..errors import CalibrationError, FormatError, InputError, LayoutError
 from ..formats.nvfp4 import Nvfp4Tensor
 from ..formats.stack import Nvfp4Stack, StackLike
 from ..kernels import ops
 from ..kernels.dispatch import WEIGHTINGS, Problem, choose_routed_backend, get_routed_backend
 from ..kernels.target import target_of
+from .calibration import check_percentile, observed_scale
 from .checks import (
     DTYPES,
     check_hidden_states,
@@ -48,8 +49,8 @@ class Nvfp4RoutedExperts(PackedModule):
         activation_scale: where nvfp4's global scales come from: "static" (one for x and one for h of each expert),
             "dynamic" (of x: amax of the batch; of h: amax of the rows of that expert) or "per_token".
         input_scale, hidden_scale: static scales of x and of h, decode direction (amax / 2688), > 0: (E,), or one number
-            for all experts; None if unknown. That of h is of what enters down: with weighting "before_down" the
-            calibration must have seen weighted h.
+            for all experts; NaN or None where unknown. That of h is of what enters down: with weighting "before_down"
+            the calibration must have seen weighted h.
         weighting: "before_down": routing weights multiply h, in fp32, before it enters its format; "after_down": they
             multiply what down makes of it.
         top_k: the most experts of a token; a call with more raises. Backends size their scratch by it.
@@ -177,9 +178,12 @@ class Nvfp4RoutedExperts(PackedModule):
 
         Raises:
             InputError: an argument does not fit; nothing has been computed.
-            CalibrationError: static scales asked for and there are none.
+            CalibrationError: static scales asked for and there are none, or not of every expert (`uncalibrated`).
         """
         self._check_call(x, topk_indices, topk_weights, out)
+        return self._run(x, topk_indices, topk_weights, out)
+
+    def _run(self, x: Tensor, topk_indices: Tensor, topk_weights: Tensor, out: Tensor | None) -> Tensor:
         if x.numel() == 0:
             return torch.empty_like(x) if out is None else out
         arguments = (
@@ -202,6 +206,85 @@ class Nvfp4RoutedExperts(PackedModule):
         ops.routed_experts_out(*arguments, out.view(-1, self.hidden_size))
         return out
 
+    @torch.no_grad()
+    def calibrate(
+        self, x: Tensor, topk_indices: Tensor, topk_weights: Tensor, percentile: float | None = None
+    ) -> Tensor:
+        """Widen the static scales of the experts that x goes to, and return the layer's bf16-activation result for it.
+
+        Of an expert, that of x covers the rows of its tokens, and that of h what enters its down projection for them:
+        h times the routing weight with weighting "before_down", h alone with "after_down".
+
+        Args:
+            x, topk_indices, topk_weights: as for `forward`.
+            percentile: of an expert's |x| and |h| in this call, in (0, 100]; None is the maximum. Scales are the
+                running maximum over calls.
+
+        Returns:
+            (..., H): so that a whole model can run on while it is being calibrated.
+
+        Raises:
+            InputError: percentile outside (0, 100].
+            CalibrationError: x is empty, or an expert's x or h is not finite; the scales are as they were.
+
+        Numerics: experts that saw no token, or nothing but zeros (a routing weight of 0), keep the scales they had;
+            those that never had any are `uncalibrated`. The activation mode in force does not change. Not for
+            concurrent use.
+        Cost: beside the call, a pass over each hit expert's weights, unpacked one after the other; reads the device.
+        """
+        self._check_call(x, topk_indices, topk_weights, None, needs_static=False)
+        check_percentile(percentile)
+        if x.numel() == 0:
+            way_out = "calibrate on text that reaches this layer"
+            raise CalibrationError("hidden states", "needs at least one token", "none", way_out)
+        rows, indices, weights = (t.reshape(-1, t.shape[-1]) for t in (x, topk_indices, topk_weights.float()))
+        scales = {
+            "hidden states": self._copy_of_scales(self._input_scale),
+            "input of the down projection": self._copy_of_scales(self._hidden_scale),
+        }
+        for expert in indices.unique().tolist():
+            if not 0 <= expert < self.num_experts:
+                continue  # it is not here
+            token, slot = (indices == expert).nonzero(as_tuple=True)
+            gate, up = self._expert(expert)[:2]
+            h = ops.hidden_states(rows[token], gate, up, self.swiglu_limit)
+            if self.weighting == "before_down":
+                h = h * weights[token, slot, None]
+            for (name, of_all), values in zip(scales.items(), (rows[token], h), strict=True):
+                if values.any():
+                    known = None if of_all[expert].isnan() else of_all[expert]
+                    of_all[expert] = observed_scale(f"{name} of expert {expert}", values, percentile, known)
+        self._input_scale, self._hidden_scale = scales.values()
+        self._find_uncalibrated()
+        return self.with_activations("bf16")._run(x, topk_indices, topk_weights, None)
+
+    def fill_uncalibrated(self) -> tuple[int, ...]:
+        """Give experts without static scales the largest that another one has, and return which experts these were.
+
+        For experts that no text of the calibration reached. The largest scale does not saturate where the others do
+        not; what it costs in resolution is unknown.
+
+        Raises:
+            CalibrationError: no expert has static scales.
+        """
+        missing = self.uncalibrated
+        if len(missing) == self.num_experts:
+            raise CalibrationError("static scales", "must be known of some expert", "none", "call calibrate() first")
+        if missing:
+            self._input_scale, self._hidden_scale = (
+                torch.where(s.isnan(), s.nan_to_num(0.0).amax(), s)
+                for s in (self._copy_of_scales(self._input_scale), self._copy_of_scales(self._hidden_scale))
+            )
+            self._find_uncalibrated()
+        return missing
+
+    @property
+    def uncalibrated(self) -> tuple[int, ...]:
+        """Experts that have no static scales, in ascending order; all of them before any calibration."""
+        if self._input_scale is None or self._hidden_scale is None:
+            return tuple(range(self.num_experts))
+        return self._uncalibrated
+
     @property
     def gate(self) -> Nvfp4Stack:
         """The gate projections, (E, I, H)."""
@@ -219,12 +302,12 @@ class Nvfp4RoutedExperts(PackedModule):
 
     @property
     def input_scale(self) -> Tensor | None:
-        """Static scales of x, (E,) fp32, decode direction; None if unknown."""
+        """Static scales of x, (E,) fp32, decode direction; NaN where unknown, None if all are."""
         return self._input_scale
 
     @property
     def hidden_scale(self) -> Tensor | None:
-        """Static scales of h, (E,) fp32, decode direction; None if unknown."""
+        """Static scales of h, (E,) fp32, decode direction; NaN where unknown, None if all are."""
         return self._hidden_scale
 
     # -- inside --------------------------------------------------------------------------------------------------
@@ -239,7 +322,36 @@ class Nvfp4RoutedExperts(PackedModule):
     def _checked_scale(self, name: str, scale: float | Tensor | None, device: torch.device) -> Tensor | None:
         return checked_scale(name, scale, device, self.num_experts)
 
-    def _check_call(self, x: Tensor, indices: Tensor, weights: Tensor, out: Tensor | None) -> None:
+    def _expert(self, expert: int) -> tuple[Nvfp4Tensor, ...]:
+        """gate, up and down of one expert, the others left packed."""
+        packed = {name: w[expert : expert + 1] for name, w in zip(self._packed_names, self._weights(), strict=True)}
+        unpacked = self._kernels(self.backend).unpack(packed, self.hidden_size, self.intermediate_size)
+        return tuple(stack[0] for stack in unpacked)
+
+    def _set_static_scales(self, input_scale: Any, hidden_scale: Any, device: torch.device) -> None:
+        super()._set_static_scales(input_scale, hidden_scale, device)
+        self._find_uncalibrated()
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self._find_uncalibrated()
+
+    def _find_uncalibrated(self) -> None:
+        """Note which experts lack a static scale: when scales change, since asking at a call would read the device."""
+        self._uncalibrated: tuple[int, ...] = ()
+        if self._input_scale is not None and self._hidden_scale is not None:
+            unknown = self._input_scale.isnan() | self._hidden_scale.isnan()
+            self._uncalibrated = tuple(unknown.nonzero()[:, 0].tolist())
+
+    def _copy_of_scales(self, scales: Tensor | None) -> Tensor:
+        """(E,), to be written; NaN where unknown."""
+        if scales is not None:
+            return scales.clone()
+        return torch.full((self.num_experts,), torch.nan, device=self._weights()[0].device)
+
+    def _check_call(
+        self, x: Tensor, indices: Tensor, weights: Tensor, out: Tensor | None, needs_static: bool = True
+    ) -> None:
         device = self._weights()[0].device
         check_hidden_states(x, self.hidden_size, self.max_tokens, device)
         for name, tensor, dtypes in (
@@ -259,10 +371,25 @@ class Nvfp4RoutedExperts(PackedModule):
             raise InputError("topk_indices and topk_weights", "must have one shape", got, "give one weight an index")
         if out is not None:
             check_out(x, out, or_fp32=True)
-        self._check_static_scales(
-            "load or pass input_scale and hidden_scale, one for each expert, or choose "
-            'activation_scale="dynamic" or "per_token"'
-        )
+        if needs_static:
+            self._check_static_scales(
+                "call calibrate() on typical hidden states, load or pass input_scale and hidden_scale, one for each "
+                'expert, or choose activation_scale="dynamic" or "per_token"'
+            )
+
+    def _check_static_scales(self, ways_out: str) -> None:
+        super()._check_static_scales(ways_out)
+        if self._uncalibrated and self.activations == "nvfp4" and self.activation_scale == "static":
+            first = ", ".join(map(str, self._uncalibrated[:8])) + (", ..." if len(self._uncalibrated) > 8 else "")
+            got = f"none of {len(self._uncalibrated)} of {self.num_experts} experts: {first}"
+            way_out = (
+                "calibrate on text that reaches them, call fill_uncalibrated(), or choose another activation_scale"
+            )
+            raise CalibrationError('activation_scale="static"', "needs scales of every expert", got, way_out)
+
+    def _mode(self) -> str:
+        mode = super()._mode()
+        return f"{mode} of all but {len(self._uncalibrated)} experts" if self._uncalibrated else mode
 
     def extra_repr(self) -> str:
         return (

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...formats.nvfp4 import Nvfp4Tensor
-from ...layouts.rows import ROWS, pack_rows, row_tile_bytes, unpack_rows
+from ...layouts.rows import ROWS, pack_rows, unpack_rows
 from ...layouts.weights import deinterleave_rows, interleave_rows, row_amax
 from .. import native
 from ..dispatch import ACTIVATION_SCALES, Call, Problem
@@ -29,7 +29,7 @@ from ..target import cpu_threads
 CHUNK = 1024
 _ACTIVATIONS = {"bf16": 0, "fp8": 1, "nvfp4": 2}
 _SCALE_MODE = {mode: index for index, mode in enumerate(ACTIVATION_SCALES)}
-_ELEMENT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+ELEMENT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class CpuBackend:
@@ -76,28 +76,27 @@ class CpuBackend:
         return sum(holder.block.nbytes for holder in list(_holders) if holder.block is not None)
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
-        run_expert(x, weights, call, out)
+        loaded, layer = loaded_library(), native_call(x, weights, call)
+        tokens, row_bytes = x.shape[0], x.shape[1] * x.itemsize
+        step = tokens if call.activations == "nvfp4" and call.activation_scale == "dynamic" else CHUNK
+        for first in range(0, tokens, step):
+            layer.x, layer.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
+            layer.tokens = min(step, tokens - first)
+            layer.scratch = scratch(loaded.scratch_bytes(byref(layer)))
+            loaded.shared_expert(byref(layer))
 
 
-def run_expert(
-    x: Tensor,
-    weights: list[Tensor],
-    call: Call,
-    out: Tensor,
-    input_amax: Tensor | None = None,
-    factors: Tensor | None = None,
-) -> None:
-    """One expert, x (T, H) to out (T, H) of the same dtype.
-
-    Args:
-        input_amax: () fp32, what "dynamic" takes for the amax of x, if x is part of a larger batch.
-        factors: (T,) fp32, contiguous, what h is multiplied by before it enters its format.
-    """
+def loaded_library() -> native.Library:
+    """The native library, which was there when the layer was built."""
     loaded, reason = native.load()
-    assert loaded is not None, reason  # it was there when the layer was built
+    assert loaded is not None, reason
+    return loaded
+
+
+def native_call(x: Tensor, weights: list[Tensor], call: Call) -> native.Call:
+    """A call, but for where x and y begin, how many tokens there are, and scratch; weights of the (first) expert."""
     gate_up, gate_up_scales, gate_up_amax, down, down_scale, down_amax = weights
-    whole = call.activations == "nvfp4" and call.activation_scale == "dynamic"
-    layer = native.Call(
+    return native.Call(
         gate_up=gate_up.data_ptr(),
         gate_up_global_scales=gate_up_scales.data_ptr(),
         gate_up_row_amax=gate_up_amax.data_ptr(),
@@ -106,24 +105,15 @@ def run_expert(
         down_row_amax=down_amax.data_ptr(),
         input_scale=None if call.input_scale is None else call.input_scale.data_ptr(),
         hidden_scale=None if call.hidden_scale is None else call.hidden_scale.data_ptr(),
-        input_amax=None if input_amax is None else input_amax.data_ptr(),
         hidden=x.shape[1],
-        intermediate=gate_up.numel() // row_tile_bytes(2, x.shape[1]),
+        intermediate=gate_up_amax.shape[-1] // 2,
         clamp=call.clamp,
-        element=_ELEMENT[x.dtype],
+        element=ELEMENT[x.dtype],
         activations=_ACTIVATIONS[call.activations],
         scale_mode=_SCALE_MODE[call.activation_scale],
         threads=cpu_threads(),
         tier=native.tier().index,
     )
-    tokens, row_bytes = x.shape[0], x.shape[1] * x.itemsize
-    step = tokens if whole else CHUNK
-    for first in range(0, tokens, step):
-        layer.x, layer.y = x.data_ptr() + first * row_bytes, out.data_ptr() + first * row_bytes
-        layer.factors = None if factors is None else factors.data_ptr() + first * factors.itemsize
-        layer.tokens = min(step, tokens - first)
-        layer.scratch = _scratch(loaded.scratch_bytes(byref(layer)))
-        loaded.shared_expert(byref(layer))
 
 
 class _Scratch(threading.local):
@@ -142,7 +132,7 @@ _holders: WeakSet[_Holder] = WeakSet()
 _local = _Scratch()
 
 
-def _scratch(size: int) -> int:
+def scratch(size: int) -> int:
     """Address of at least `size` bytes that no other thread uses; kept, and grown when a call needs more."""
     holder = _local.holder
     if holder.block is None or holder.block.nbytes < size:

@@ -1,39 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts on a CPU: one native call per hit expert, on its tokens' rows, gathered.
+"""Routed experts on a CPU: the whole layer in one native call (csrc/routed_experts.cpp).
 
-    scratch    that of a shared expert, x in fp32 of one expert's tokens at a time, and a row (H,) in fp32 per slot
+    scratch    per calling thread, for T * k rows: h as it enters, and 128 bytes for each thread that works; for 4096 of
+               them at most ("dynamic": all) x as it enters, and h in fp32
 
 For nvfp4 every tier and any number of threads give the same bits. Weights of an expert that no token goes to are not
-read.
+read, the others once for each 128 of its rows.
 """
 
 from __future__ import annotations
 
-import torch
+from ctypes import byref
+
 from torch import Tensor
 
+from .. import native
 from ..dispatch import Call, Routing
-from ..one_by_one import StackedExperts, add_slots, hit_experts, of_expert
-from .backend import BACKEND, run_expert
+from ..one_by_one import StackedExperts
+from .backend import BACKEND, ELEMENT, loaded_library, native_call, scratch
 
 
 class CpuRoutedExperts(StackedExperts):
     """See the module docstring."""
 
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-        (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
-        factors = routing.weights.view(-1)
-        dynamic = call.activations == "nvfp4" and call.activation_scale == "dynamic"
-        input_amax = x.abs().amax().float() if dynamic else None
-        rows = torch.zeros(tokens * top_k, hidden)
-        for expert, slots in hit_experts(routing, len(weights[0])):
-            # In fp32 x is the same values, and rows come out unrounded.
-            gathered, own = x[slots // top_k].float(), of_expert(call, expert)
-            before = factors[slots] if routing.weighting == "before_down" else None
-            result = torch.empty_like(gathered)
-            run_expert(gathered, [w[expert] for w in weights], own, result, input_amax, before)
-            rows[slots] = result if before is not None else result * factors[slots, None]
-        add_slots(rows.view(tokens, top_k, hidden), out)
+        loaded, layer = loaded_library(), native_call(x, weights, call)
+        layer.x, layer.y, layer.tokens = x.data_ptr(), out.data_ptr(), x.shape[0]
+        routed = native.RoutedCall(
+            layer=layer,
+            indices=routing.indices.data_ptr(),
+            weights=routing.weights.data_ptr(),
+            top_k=routing.indices.shape[1],
+            experts=len(weights[0]),
+            index_bytes=routing.indices.itemsize,
+            out_element=ELEMENT[out.dtype],
+            weigh_after_down=routing.weighting == "after_down",
+        )
+        routed.layer.scratch = scratch(loaded.routed_scratch_bytes(byref(routed)))
+        loaded.routed_experts(byref(routed))
 
 
 ROUTED = CpuRoutedExperts(BACKEND)

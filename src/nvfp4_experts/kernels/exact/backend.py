@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layer whose sums over K are those of Blackwell's FP4 tensor core: to compare other backends with, not to be fast.
+"""The layers whose sums over K are those of Blackwell's FP4 tensor core: to compare others with, not to be fast.
 
     x, h       quantised as formats/activations.py says
     sums       rule.exact_matmul
@@ -9,7 +9,8 @@ The sums have the same bits on every device. exp and the division of SwiGLU are 
 unit in the last place apart; where that moves a value of h across a boundary of e2m1, devices differ in that token.
 
     resident   0.5625 bytes per weight
-    scratch    see rule.py, and gate, up and h in fp32
+    scratch    see rule.py, and gate, up and h in fp32; for routed experts those of one expert's rows at a time, and a
+               row (H,) in fp32 per slot
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ...formats.activations import Nvfp4Activation, quantize_activation
 from ...formats.nvfp4 import Nvfp4Tensor
 from .. import native
 from ..dispatch import Call, Problem
+from ..one_by_one import OneByOne
 from ..plain import PlainWeights
 from .rule import exact_matmul
 
@@ -44,13 +46,36 @@ class ExactBackend(PlainWeights):
 
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         gate, up, down = self.unpack(dict(enumerate(weights)), x.shape[1], weights[0].shape[0] // 2)
-        entered = _enter(x, call, call.input_scale)
-        h = _swiglu(_linear(entered, gate), _linear(entered, up), call.swiglu_limit)
+        h = _intermediate(_enter(x, call, call.input_scale), gate, up, call)
         out.copy_(_linear(_enter(h, call, call.hidden_scale), down))
+
+
+class ExactRoutedExperts(OneByOne):
+    """Routed experts, one hit expert after the other: see one_by_one.py."""
+
+    def enter(self, x: Tensor, call: Call, static_scale: Tensor | None) -> Nvfp4Activation:
+        return _enter(x, call, static_scale)
+
+    def take(self, entered: Nvfp4Activation, token: Tensor) -> Nvfp4Activation:
+        scale = entered.global_scale
+        # As bytes: not every torch takes rows of float8.
+        block_scales = entered.block_scales.view(torch.uint8)[token].view(torch.float8_e4m3fn)
+        return Nvfp4Activation(entered.codes[token], block_scales, scale[token] if scale.ndim else scale)
+
+    def expert(
+        self, entered: Nvfp4Activation, weights: dict[int, Tensor], call: Call, factors: Tensor | None
+    ) -> Tensor:
+        gate, up, down = self.one.unpack(weights, 2 * entered.codes.shape[1], weights[0].shape[0] // 2)
+        h = _intermediate(entered, gate, up, call)
+        return _linear(_enter(h if factors is None else h * factors, call, call.hidden_scale), down)
 
 
 def _enter(x: Tensor, call: Call, static_scale: Tensor | None) -> Nvfp4Activation:
     return quantize_activation(x, call.activation_scale, static_scale if call.activation_scale == "static" else None)
+
+
+def _intermediate(a: Nvfp4Activation, gate: Nvfp4Tensor, up: Nvfp4Tensor, call: Call) -> Tensor:
+    return _swiglu(_linear(a, gate), _linear(a, up), call.swiglu_limit)
 
 
 def _linear(a: Nvfp4Activation, w: Nvfp4Tensor) -> Tensor:
@@ -66,3 +91,4 @@ def _swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 BACKEND = ExactBackend()
+ROUTED = ExactRoutedExperts(BACKEND)

@@ -2,15 +2,18 @@
 // The library's plain C interface, and what the parts of the library say to each other.
 //
 //   nvfp4_shared_expert(call)    one shared expert, x (T, H) to y (T, H): kernels/reference.py says what is computed
-//   nvfp4_scratch_bytes(call)    how many bytes of scratch that call needs
+//   nvfp4_routed_experts(call)   routed experts, likewise, with the experts of each token and their weights
+//   nvfp4_scratch_bytes(call)    how many bytes of scratch a call needs; nvfp4_routed_scratch_bytes for the other
 //   nvfp4_exact(product)         a matrix product as Blackwell's FP4 tensor core sums it: exact.h
 //   nvfp4_tier_*                 the instruction sets it was built for, and why one cannot run here
 //
-// kernels/native.py mirrors `Call` and `Exact` field by field; their size is checked when the library is loaded.
+// kernels/native.py mirrors `Call`, `RoutedCall` and `Exact` field by field; their size is checked when the library is loaded.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+
+#define NVFP4_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace nvfp4 {
 
@@ -31,8 +34,6 @@ struct Call {
   const uint16_t* down_row_amax;
   const float* input_scale;   // kStatic alone
   const float* hidden_scale;  // kStatic alone
-  const uint32_t* input_amax;  // kDynamic: fp32 bits, if x is of a larger batch; or null
-  const float* factors;        // (T,) of h, in front of its quantisation; or null
   void* scratch;
   int64_t tokens;
   int64_t hidden;
@@ -43,6 +44,18 @@ struct Call {
   int32_t scale_mode;
   int32_t threads;
   int32_t tier;
+};
+
+// Routed experts: what `Call` says of one expert is here said of the first; those of the others follow it in memory.
+struct RoutedCall {
+  Call layer;
+  const void* indices;   // (T, k) of index_bytes each; outside [0, experts): not here
+  const float* weights;  // (T, k)
+  int64_t top_k;
+  int64_t experts;
+  int32_t index_bytes;        // 4 or 8
+  int32_t out_element;        // of y; layer.element is that of x
+  int32_t weigh_after_down;   // what weights multiply: 0: h, in front of its quantisation; 1: what down makes of it
 };
 
 // Block of 16 values of a token, on its way into an exact product.
@@ -71,6 +84,7 @@ struct Exact {
 // Hidden states on their way into a GEMM: rows of x or of h in, `values` in the tier's own form and `scales` (T,) out.
 struct Entry {
   const void* x;
+  const int64_t* rows;  // (T,), which row of x a token is; null: its own number
   int64_t tokens;
   int64_t columns;
   int32_t element;
@@ -96,7 +110,22 @@ struct Half {
   int32_t activations;
   int32_t element;
   float clamp;
-  void* out;  // h (T, rows) fp32, or y (T, rows)
+  void* out;           // h (T, rows) fp32; or what down makes, from row to row
+  int64_t out_stride;  // that many elements,
+  int64_t out_first;   // from this of its rows on
+};
+
+// The sum of each token's slots, for `width` columns of y.
+struct Sum {
+  const float* rows;      // (rows, width)
+  const int64_t* row_of;  // (T, k), the row of a slot; below 0: not here
+  const float* weights;   // (T, k) of rows; or null
+  int64_t tokens;
+  int64_t top_k;
+  int64_t width;
+  void* y;  // (T, hidden)
+  int32_t element;
+  int64_t hidden;
 };
 
 // The functions of one tier; each may run on several threads at once, on other parts.
@@ -107,6 +136,7 @@ struct Kernels {
   void (*enter)(const Entry& entry, int64_t group);
   void (*gate_up)(const Half& half, int64_t first_token, int64_t pair);
   void (*down)(const Half& half, int64_t first_token, int64_t pair);
+  void (*add_slots)(const Sum& sum, int64_t first_column);
   void (*exact_enter)(const Exact& product, int64_t token);
   void (*exact_multiply)(const Exact& product, int64_t first_token, int64_t tile);
 };

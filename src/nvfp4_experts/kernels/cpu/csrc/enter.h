@@ -85,8 +85,8 @@ NVFP4_INLINE int32_t start_of_block(const uint8_t* codes) {
 // as the scale of a block is always finite and positive: under a zero scale all codes are zero, so any scale will do,
 // and a NaN block makes the whole row of results NaN, for which the caller has the row's scale.
 template <int32_t kElement>
-static bool enter_nvfp4_row(const Entry& entry, int64_t token, GlobalScales scale, uint8_t* values, int64_t n, int64_t i) {
-  const int64_t blocks = entry.columns / kBlock, row = token * entry.columns;
+static bool enter_nvfp4_row(const Entry& entry, int64_t source, GlobalScales scale, uint8_t* values, int64_t n, int64_t i) {
+  const int64_t blocks = entry.columns / kBlock, row = source * entry.columns;
   U any_nan{};
   for (int64_t first = 0; first < blocks; first += kLanes) {
     const int count = static_cast<int>(blocks - first < kLanes ? blocks - first : kLanes);
@@ -117,11 +117,11 @@ static bool enter_nvfp4_row(const Entry& entry, int64_t token, GlobalScales scal
   return largest_lane(any_nan) != 0;
 }
 
-static void enter_float_row(const Entry& entry, int64_t token, float factor, uint8_t* values, int64_t n, int64_t i) {
+static void enter_float_row(const Entry& entry, int64_t source, float factor, uint8_t* values, int64_t n, int64_t i) {
   for (int64_t k = 0; k < entry.columns; k += kBlock) {
     float row[kBlock];
     for (int v = 0; v < kVectors; ++v) {
-      F x = load_elements(entry.x, entry.element, token * entry.columns + k + v * kLanes);
+      F x = load_elements(entry.x, entry.element, source * entry.columns + k + v * kLanes);
       x = entry.activations == kFp8 ? round_e4m3(x * splat(factor)) : (F)(round_bf16(x) << 16);
       store(row + v * kLanes, x);
     }
@@ -151,24 +151,24 @@ static void enter(const Entry& entry, int64_t group) {
   const int64_t n = entry.tokens - first < kGroup ? entry.tokens - first : kGroup;
   uint8_t* values = entry.values + first * value_bytes(entry.activations, entry.columns);
   for (int64_t i = 0; i < n; ++i) {
-    const int64_t token = first + i;
+    const int64_t token = first + i, source = entry.rows ? entry.rows[token] : token;
     float scale = 1.0f, factor = 1.0f;
     if (entry.activations == kNvfp4) {
       uint32_t amax = entry.scale_mode == kDynamic ? *entry.amax_bits : 0;
-      if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, token, entry.columns);
+      if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, source, entry.columns);
       GlobalScales both = global_scales(entry, amax);
       auto row = entry.element == kElementBf16   ? enter_nvfp4_row<kElementBf16>
                  : entry.element == kElementFp16 ? enter_nvfp4_row<kElementFp16>
                                                  : enter_nvfp4_row<kElementFp32>;
-      scale = row(entry, token, both, values, n, i) ? float_of(kNaN) : both.decode;
+      scale = row(entry, source, both, values, n, i) ? float_of(kNaN) : both.decode;
     } else {
       if (entry.activations == kFp8) {
-        float amax = float_of(row_amax(entry.x, entry.element, token, entry.columns));
+        float amax = float_of(row_amax(entry.x, entry.element, source, entry.columns));
         amax = amax < kAmaxFloor ? kAmaxFloor : amax;
         factor = 448.0f / amax;
         scale = amax / 448.0f;
       }
-      enter_float_row(entry, token, factor, values, n, i);
+      enter_float_row(entry, source, factor, values, n, i);
     }
     entry.scales[token] = scale;
   }

@@ -4,7 +4,9 @@
 //   gate_up(pair p)   tiles p of gate and of up:  h = silu(min(gate, L)) * clamp(up, -L, L)      16 channels
 //   down(pair p)      tiles 2p and 2p + 1 of down                                               32 rows, or 16
 //
-// each for a block of kTokenBlock tokens, from values that enter.h made.
+// each for a block of kTokenBlock tokens, from values that enter.h made;
+//
+//   add_slots      y[t] = ((0 + row of slot 0) + row of slot 1) + ...      a few columns, every token
 #include "enter.h"
 #include "exact.h"
 #include "multiply.h"
@@ -218,13 +220,28 @@ static void down(const Half& half, int64_t first, int64_t pair) {
       F scale = weight_scale(piece, r, v, half.global_scales[0]);
       for (int64_t t = 0; t < piece.tokens; ++t) {
         F y = load<F>(sums[t][r] + v * kLanes) * (splat(half.scales[first + t]) * scale);
-        store_elements(half.out, half.element, (first + t) * half.rows + (2 * pair + r) * kRows + v * kLanes, y);
+        int64_t column = (2 * pair + r) * kRows + v * kLanes - half.out_first;
+        store_elements(half.out, half.element, (first + t) * half.out_stride + column, y);
       }
     }
 }
 
+static void add_slots(const Sum& sum, int64_t first_column) {
+  const int64_t columns = sum.hidden - first_column < sum.width ? sum.hidden - first_column : sum.width;
+  for (int64_t t = 0; t < sum.tokens; ++t)
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      F total{};
+      for (int64_t slot = t * sum.top_k; slot < (t + 1) * sum.top_k; ++slot) {
+        if (sum.row_of[slot] < 0) continue;
+        F row = load<F>(sum.rows + sum.row_of[slot] * sum.width + column);
+        total += sum.weights ? row * splat(sum.weights[slot]) : row;
+      }
+      store_elements(sum.y, sum.element, t * sum.hidden + first_column + column, total);
+    }
+}
+
 extern const Kernels kKernels;
-const Kernels kKernels = {kGroup, value_bytes, row_amax, enter, gate_up, down, exact_enter, exact_multiply};
+const Kernels kKernels = {kGroup, value_bytes, row_amax, enter, gate_up, down, add_slots, exact_enter, exact_multiply};
 
 }  // namespace NVFP4_TIER
 }  // namespace nvfp4

@@ -1,0 +1,212 @@
+// SPDX-License-Identifier: Apache-2.0
+// Routed experts in one call. A row is a slot that is here; rows of one expert lie together, in the order of slots, and a
+// block is up to kTokenBlock rows of one expert.
+//
+//   1  enter     x -> values            by groups of rows, gathered
+//   2  gate_up   values -> h (fp32)     by blocks x tiles of 16 channels
+//   3  enter     h -> values            by groups of rows
+//   4  down      values -> y            by columns of y: all blocks meet the tiles of these columns, then the rows of each
+//                                       token are added
+//
+// So a thread waits for others three times, whatever the number of experts, and each weight is read once a block. Steps 1
+// to 3 take kBatchRows rows at a time, which bounds x and h; but all at once for kDynamic, whose scale needs h of all
+// rows of an expert. In step 4 a thread keeps what down makes of all rows for its columns alone.
+#include <cstring>
+
+#include <atomic>
+
+#include "api.h"
+#include "steps.h"
+#include "team.h"
+#include "tiers.h"
+
+namespace nvfp4 {
+namespace {
+
+constexpr int64_t kBatchRows = 4096;
+constexpr int64_t kBandRows = 2 * kRows;  // columns of y that a thread takes at a time
+
+struct Block {
+  int64_t expert, first, rows;
+};
+
+// A call, and where each part of its scratch begins. Sizes are those of a call whose slots are all here.
+struct Routed : Layout {
+  const RoutedCall& given;
+  const Call& call;
+  const Kernels& kernels;
+  int64_t slots, batch_rows, workers;
+  int64_t values, h, h_values, scales, amax, expert_amax, factors, token_of, row_of, first_of, blocks, down_rows;
+
+  explicit Routed(const RoutedCall& routed)
+      : given(routed), call(routed.layer), kernels(*tier_at(routed.layer.tier)->kernels) {
+    slots = call.tokens * given.top_k;
+    batch_rows = dynamic() || slots < kBatchRows ? slots : kBatchRows;
+    workers = pieces(call.hidden, kBandRows);
+    if (call.threads < workers) workers = call.threads;
+    const int64_t most_blocks = (slots < given.experts ? slots : given.experts) + slots / kTokenBlock;
+    values = take(batch_rows * x_bytes());
+    h = take(batch_rows * call.intermediate * 4);
+    h_values = take(slots * h_bytes());
+    scales = take(slots * 4);
+    amax = take(slots * 4);
+    expert_amax = take(given.experts * 4);
+    factors = take(slots * 4);
+    token_of = take(slots * 8);
+    row_of = take(slots * 8);
+    first_of = take((given.experts + 1) * 8);
+    blocks = take(most_blocks * sizeof(Block));
+    down_rows = take(workers * slots * kBandRows * 4);
+  }
+
+  bool dynamic() const { return call.activations == kNvfp4 && call.scale_mode == kDynamic; }
+  int64_t x_bytes() const { return kernels.value_bytes(call.activations, call.hidden); }
+  int64_t h_bytes() const { return kernels.value_bytes(call.activations, call.intermediate); }
+
+  template <class T>
+  T* part(int64_t at) const {
+    return reinterpret_cast<T*>(begin_of(call.scratch) + at);
+  }
+};
+
+int64_t expert_of(const RoutedCall& given, int64_t slot) {
+  if (given.index_bytes == 8) return static_cast<const int64_t*>(given.indices)[slot];
+  return static_cast<const int32_t*>(given.indices)[slot];
+}
+
+// Rows in the order of experts, and of slots within one; returns how many blocks they make.
+int64_t group_slots(const Routed& r) {
+  const int64_t experts = r.given.experts;
+  int64_t* first_of = r.part<int64_t>(r.first_of);
+  memset(first_of, 0, (experts + 1) * 8);
+  auto here = [&](int64_t expert) { return expert >= 0 && expert < experts; };
+  for (int64_t slot = 0; slot < r.slots; ++slot)
+    if (const int64_t expert = expert_of(r.given, slot); here(expert)) ++first_of[expert + 1];
+  Block* blocks = r.part<Block>(r.blocks);
+  int64_t count = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    const int64_t rows = first_of[expert + 1], first = first_of[expert];
+    for (int64_t done = 0; done < rows; done += kTokenBlock)
+      blocks[count++] = {expert, first + done, rows - done < kTokenBlock ? rows - done : kTokenBlock};
+    first_of[expert + 1] += first;
+  }
+  int64_t *token_of = r.part<int64_t>(r.token_of), *row_of = r.part<int64_t>(r.row_of);
+  float* factors = r.part<float>(r.factors);
+  for (int64_t slot = 0; slot < r.slots; ++slot) {
+    const int64_t expert = expert_of(r.given, slot);
+    row_of[slot] = here(expert) ? first_of[expert]++ : -1;
+    if (row_of[slot] < 0) continue;
+    token_of[row_of[slot]] = slot / r.given.top_k;
+    factors[row_of[slot]] = r.given.weights[slot];
+  }
+  return count;
+}
+
+int threads_for(const Routed& r, int64_t values) { return values < kValuesAlone ? 1 : r.call.threads; }
+
+uint32_t amax_of_x(const Routed& r) {
+  uint32_t* amax = r.part<uint32_t>(r.amax);
+  const Call& call = r.call;
+  run(threads_for(r, call.tokens * call.hidden), call.tokens,
+      [&](int64_t t) { amax[t] = r.kernels.row_amax(call.x, call.element, t, call.hidden); });
+  uint32_t largest = 0;
+  for (int64_t t = 0; t < call.tokens; ++t) largest = amax[t] > largest ? amax[t] : largest;
+  return largest;
+}
+
+// Of h (rows, I), the largest magnitude of each expert's rows.
+void amax_of_h(const Routed& r, const Block* blocks, int64_t count, const float* h) {
+  uint32_t *amax = r.part<uint32_t>(r.amax), *of_expert = r.part<uint32_t>(r.expert_amax);
+  const int64_t rows = blocks[count - 1].first + blocks[count - 1].rows, columns = r.call.intermediate;
+  run(threads_for(r, rows * columns), rows,
+      [&](int64_t row) { amax[row] = r.kernels.row_amax(h, kElementFp32, row, columns); });
+  memset(of_expert, 0, r.given.experts * 4);
+  for (const Block* block = blocks; block < blocks + count; ++block)
+    for (int64_t row = block->first; row < block->first + block->rows; ++row)
+      of_expert[block->expert] = amax[row] > of_expert[block->expert] ? amax[row] : of_expert[block->expert];
+}
+
+// `entry_of(block)` says what enters; groups of all blocks are pieces of work.
+template <class EntryOf>
+void enter(const Routed& r, const Block* blocks, int64_t count, int64_t values, const EntryOf& entry_of) {
+  const int64_t groups = kTokenBlock / r.kernels.group_tokens;
+  run(threads_for(r, values), count * groups, [&](int64_t index) {
+    const Block& block = blocks[index / groups];
+    if (index % groups * r.kernels.group_tokens < block.rows) r.kernels.enter(entry_of(block), index % groups);
+  });
+}
+
+// Steps 1 to 3 for some blocks, the rows of which follow each other.
+void enter_to_h(const Routed& r, const Block* blocks, int64_t count, const uint32_t& x_amax) {
+  const Call& call = r.call;
+  const int64_t first = blocks[0].first, rows = blocks[count - 1].first + blocks[count - 1].rows - first;
+  uint8_t *values = r.part<uint8_t>(r.values), *h_values = r.part<uint8_t>(r.h_values);
+  float *h = r.part<float>(r.h), *scales = r.part<float>(r.scales);
+  const float* factors = r.given.weigh_after_down ? nullptr : r.part<float>(r.factors);
+  const uint32_t* h_amax = r.part<uint32_t>(r.expert_amax);
+  auto scale_of = [](const float* of_all, int64_t expert) { return of_all ? of_all + expert : nullptr; };
+
+  enter(r, blocks, count, rows * call.hidden, [&](const Block& b) {
+    return Entry{call.x, r.part<int64_t>(r.token_of) + b.first, b.rows, call.hidden, call.element, call.activations,
+                 call.scale_mode, scale_of(call.input_scale, b.expert), &x_amax,
+                 values + (b.first - first) * r.x_bytes(), scales + b.first};
+  });
+  const int64_t channels = call.intermediate / kRows;
+  run(call.threads, count * channels, [&](int64_t index) {
+    const Block& b = blocks[index / channels];
+    const int64_t gate_up_rows = 2 * call.intermediate;
+    const Half half{call.gate_up + b.expert * weight_bytes(gate_up_rows, call.hidden), call.intermediate, call.hidden,
+                    call.gate_up_row_amax + b.expert * gate_up_rows, call.gate_up_global_scales + 2 * b.expert,
+                    values + (b.first - first) * r.x_bytes(), scales + b.first, factors ? factors + b.first : nullptr,
+                    b.rows, call.activations, kElementFp32, call.clamp, h + (b.first - first) * call.intermediate, 0, 0};
+    r.kernels.gate_up(half, 0, index % channels);
+  });
+  if (r.dynamic()) amax_of_h(r, blocks, count, h);
+  enter(r, blocks, count, rows * call.intermediate, [&](const Block& b) {
+    return Entry{h + (b.first - first) * call.intermediate, nullptr, b.rows, call.intermediate, kElementFp32,
+                 call.activations, call.scale_mode, scale_of(call.hidden_scale, b.expert), h_amax + b.expert,
+                 h_values + b.first * r.h_bytes(), scales + b.first};
+  });
+}
+
+// Step 4.
+void down_and_add(const Routed& r, const Block* blocks, int64_t count) {
+  const Call& call = r.call;
+  const float* weights = r.given.weigh_after_down ? r.given.weights : nullptr;
+  std::atomic<int64_t> next{0};
+  run(static_cast<int>(r.workers), r.workers, [&](int64_t worker) {
+    float* rows = r.part<float>(r.down_rows) + worker * r.slots * kBandRows;
+    for (int64_t band; (band = next.fetch_add(1, std::memory_order_relaxed)) * kBandRows < call.hidden;) {
+      for (const Block* b = blocks; b < blocks + count; ++b) {
+        const Half half{call.down + b->expert * weight_bytes(call.hidden, call.intermediate), call.hidden,
+                        call.intermediate, call.down_row_amax + b->expert * call.hidden,
+                        call.down_global_scale + b->expert, r.part<uint8_t>(r.h_values) + b->first * r.h_bytes(),
+                        r.part<float>(r.scales) + b->first, nullptr, b->rows, call.activations, kElementFp32, call.clamp,
+                        rows + b->first * kBandRows, kBandRows, band * kBandRows};
+        r.kernels.down(half, 0, band);
+      }
+      r.kernels.add_slots({rows, r.part<int64_t>(r.row_of), weights, call.tokens, r.given.top_k, kBandRows, call.y,
+                           r.given.out_element, call.hidden},
+                          band * kBandRows);
+    }
+  });
+}
+
+}  // namespace
+
+NVFP4_EXPORT int64_t nvfp4_routed_scratch_bytes(const RoutedCall* call) { return Routed(*call).size(); }
+
+NVFP4_EXPORT void nvfp4_routed_experts(const RoutedCall* call) {
+  const Routed r(*call);
+  const int64_t count = group_slots(r);
+  const Block* blocks = r.part<Block>(r.blocks);
+  const uint32_t x_amax = r.dynamic() ? amax_of_x(r) : 0;
+  for (int64_t block = 0; block < count;) {
+    const int64_t from = block, first = blocks[from].first;
+    while (block < count && blocks[block].first + blocks[block].rows - first <= r.batch_rows) ++block;
+    enter_to_h(r, blocks + from, block - from, x_amax);
+  }
+  down_and_add(r, blocks, count);
+}
+
+}  // namespace nvfp4
