@@ -26,6 +26,7 @@ from nvfp4_experts.errors import InputError, UnsupportedError
 from nvfp4_experts.integrations.transformers import (
     Nvfp4ExpertsConfig,
     Nvfp4ExpertsHfQuantizer,
+    calibrate_model,
     experts_of,
     set_activations,
 )
@@ -182,6 +183,44 @@ def test_activations_change_without_loading_again(load: Load) -> None:
     set_activations(model, "nvfp4", "per_token")
     assert {(e.activations, e.activation_scale) for e in experts_of(model).values()} == {("nvfp4", "per_token")}
     assert {name: e._weights()[0].data_ptr() for name, e in experts_of(model).items()} == weights
+
+
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
+def test_calibration_goes_to_disk_and_back(
+    dialect: str, load: Load, tiny_checkpoint: Path, windows: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """Calibrated after loading, saved, loaded again: static scales, in the direction of the dialect."""
+    convert(tiny_checkpoint, tmp_path / "source", experts="all", dialect=dialect)
+    model = load(tmp_path / "source")
+    assert {e.activation_scale for e in experts_of(model).values()} == {"dynamic"}
+    calibrate_model(model, [load_windows(tiny_checkpoint / "calibration.txt", 4)[0]])
+    model.save_pretrained(tmp_path / "calibrated")
+    again = load(tmp_path / "calibrated", config=Nvfp4ExpertsConfig(activations="nvfp4"))
+    for name, experts in experts_of(model).items():
+        other = experts_of(again)[name]
+        assert other.activation_scale == "static"
+        for scale in ("input_scale", "hidden_scale"):
+            got, want = (torch.as_tensor(getattr(e, scale)) for e in (other, experts))
+            torch.testing.assert_close(got, want, rtol=2**-23, atol=0)  # a reciprocal may come back one step off
+    before, after = bytes_of(tmp_path / "source"), bytes_of(tmp_path / "calibrated")
+    assert before.items() <= after.items() and len(after) == len(before) + 4 * 9 * 3
+    assert ("NVFP4" if dialect == "modelopt" else "local") in json.dumps(declared(tmp_path / "calibrated"))
+    assert nats_per_byte(again, *windows) == pytest.approx(nats_per_byte(model, *windows), abs=NATS_BOUND)
+
+
+def test_an_expert_that_calibration_did_not_reach_has_no_scale_on_disk(
+    load: Load, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    convert(tiny_checkpoint, tmp_path / "source", experts="all")
+    model = load(tmp_path / "source")
+    calibrate_model(model, [torch.tensor([[256]])])
+    routed = {name: e for name, e in experts_of(model).items() if isinstance(e, Nvfp4RoutedExperts)}
+    assert {len(e.uncalibrated) for e in routed.values()} == {6}
+    model.save_pretrained(tmp_path / "partly")
+    checkpoint = open_checkpoint(tmp_path / "partly")
+    for layer, experts in enumerate(routed.values()):
+        has = {e.index for e in checkpoint.routed_experts(layer) if "input_scale" in e.projections["down"].names}
+        assert has == set(range(8)) - set(experts.uncalibrated)
 
 
 def test_the_experts_implementation_is_no_matter(load: Load) -> None:

@@ -12,7 +12,7 @@ as in transformers' other implementations.
 from __future__ import annotations
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -23,7 +23,7 @@ from .rule import check_fit, weights_of
 
 _NAME = "experts"
 _MAX_TOKENS = 8192
-_made: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Nvfp4RoutedExperts]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[nn.Module, _Made] = WeakKeyDictionary()
 
 
 def nvfp4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -43,27 +43,41 @@ def nvfp4_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: T
 
     Cost: the first call quantises every expert; so does one with more slots, or many more tokens, than any before.
     """
-    state = _state_of(self)
-    known, experts = _made.get(self, (None, None))
-    tokens, top_k = len(hidden_states), top_k_index.shape[-1]
-    if experts is None or known != state or top_k > experts.top_k or tokens > experts.max_tokens:
+    made = _made.get(self)
+    experts = made.experts if made is not None and made.is_of(self) else None
+    tokens, slots = len(hidden_states), top_k_index.shape[-1]
+    if experts is None or slots > experts.top_k or tokens > experts.max_tokens:
         check_fit(_NAME, self)
+        most_slots, most_tokens = (experts.top_k, experts.max_tokens) if experts is not None else (1, _MAX_TOKENS)
         experts = Nvfp4RoutedExperts.from_weights(
             *weights_of(_NAME, self),
             swiglu_limit=getattr(self, "limit", None),
             weighting="after_down",
-            top_k=top_k,
-            max_tokens=max(_MAX_TOKENS, 2 * tokens if tokens > _MAX_TOKENS else 0),
+            top_k=max(slots, most_slots),
+            max_tokens=most_tokens if tokens <= most_tokens else 2 * tokens,
         )
-        _made[self] = state, experts
+        _made[self] = _Made(experts, self)
     return experts(hidden_states, top_k_index, top_k_weights)
 
 
-def _state_of(module: nn.Module) -> tuple[Any, ...]:
-    """Changes when a parameter is replaced, moved to another place, or written to in place."""
-    return tuple(
-        (t.data_ptr(), t.device, t.dtype, None if t.is_inference() else t._version) for t in module.parameters()
-    )
+class _Made:
+    """Quantised experts, and the parameters they were made from, as they were then."""
+
+    def __init__(self, experts: Nvfp4RoutedExperts, module: nn.Module) -> None:
+        self.experts = experts
+        self._from = [(ref(parameter), _state_of(parameter)) for parameter in module.parameters()]
+
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether the module has the same parameters, in the same place, and nobody has written to them since."""
+        now = list(module.parameters())
+        return len(now) == len(self._from) and all(
+            parameter is known() and _state_of(parameter) == state
+            for parameter, (known, state) in zip(now, self._from, strict=True)
+        )
+
+
+def _state_of(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.device, tensor.dtype, None if tensor.is_inference() else tensor._version
 
 
 ALL_EXPERTS_FUNCTIONS.register(METHOD, nvfp4_experts_forward)

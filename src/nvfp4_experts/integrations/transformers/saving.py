@@ -113,15 +113,14 @@ class Saver:
 
     def _experts(self, name: str, experts: Experts) -> Iterator[tuple[str, Tensor]]:
         weights = dict(zip(PROJECTIONS, experts._projections(), strict=True))
-        before, now = self._scales[name], _static_scales(experts)
+        scales = _static_scales(experts)
+        recalibrated = not _equal(self._scales[name], scales)
         for number, expert in enumerate(self._stored[name]):
             for projection, stored in expert.items():
-                all_of_them = weights[projection]
-                w = all_of_them if isinstance(all_of_them, Nvfp4Tensor) else all_of_them[number]
-                which = int(projection == "down")
-                scale = now[which]
-                recalibrated = scale is not None and not _equal(before, now)
-                yield from _projection(stored, w, scale[number] if recalibrated and scale is not None else None)
+                of_all, scale = weights[projection], scales[projection == "down"]
+                w = of_all if isinstance(of_all, Nvfp4Tensor) else of_all[number]
+                known = recalibrated and scale is not None and not scale[number].isnan()
+                yield from _projection(stored, w, scale[number] if known and scale is not None else None)
 
 
 def _layouts(checkpoint: Checkpoint, entry: ExpertEntry, dialect: str) -> dict[str, _Stored]:
@@ -156,7 +155,7 @@ def _projection(stored: _Stored, w: Nvfp4Tensor, input_scale: Tensor | None) -> 
 
 
 def _static_scales(experts: Any) -> _StaticScales:
-    """(input scales, hidden scales), each (E,) or (1,) on the CPU, or None."""
+    """(input scales, hidden scales), each (E,) or (1,) on the CPU, NaN where unknown, or None."""
     scales = (experts.input_scale, experts.hidden_scale)
     found = [None if s is None else torch.as_tensor(s, dtype=torch.float32).reshape(-1).cpu() for s in scales]
     return found[0], found[1]
@@ -164,7 +163,7 @@ def _static_scales(experts: Any) -> _StaticScales:
 
 def _equal(one: _StaticScales, other: _StaticScales) -> bool:
     pairs = zip(one, other, strict=True)
-    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+    return all(a is b if a is None or b is None else bool((a.eq(b) | a.isnan() & b.isnan()).all()) for a, b in pairs)
 
 
 def _as_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -176,7 +176,8 @@ def calibrate_model(
 
     Returns:
         layer -> (input_scale, hidden_scale) of shared experts, for `save_input_scales` or `convert(...,
-        input_scales=...)`. Those of routed experts are in the modules, and `save_pretrained` writes both.
+        input_scales=...)`. Those of routed experts are in the modules, where `uncalibrated` names the ones that no
+        token reached; `save_pretrained` of a loaded model writes all of them.
 
     Raises:
         InputError: the model has no NVFP4 expert.
