@@ -48,7 +48,7 @@ def fp8_blocks(w: Tensor) -> tuple[Tensor, Tensor]:
     return values, (exponents + 127).to(torch.uint8).view(torch.float8_e8m0fnu)
 
 
-def routed_nvfp4(tensors: dict[str, Tensor], input_scale: float | None, hidden_scale: float | None) -> None:
+def routed_nvfp4(tensors: dict[str, Tensor], input_scale: float, hidden_scale: float) -> None:
     """Replace routed experts by ModelOpt's tensors, w1 and w3 under one global scale."""
     for prefix in [match[1] for name in list(tensors) if (match := _ROUTED.fullmatch(name))]:
         joint = joint_amax(tensors[f"{prefix}.w1.weight"], tensors[f"{prefix}.w3.weight"])
@@ -57,18 +57,33 @@ def routed_nvfp4(tensors: dict[str, Tensor], input_scale: float | None, hidden_s
             tensors[f"{prefix}.{word}.weight"] = made.codes
             tensors[f"{prefix}.{word}.weight_scale"] = made.block_scales
             tensors[f"{prefix}.{word}.weight_scale_2"] = made.global_scale
-            if scale is not None:
-                tensors[f"{prefix}.{word}.input_scale"] = torch.tensor(scale)
+            tensors[f"{prefix}.{word}.input_scale"] = torch.tensor(scale)
 
 
-def write_hybrid(tiny: Path, path: Path, input_scale: float | None = 0.004, hidden_scale: float | None = 0.03) -> Path:
-    """NVIDIA's hybrid: official names, routed experts NVFP4, attention and shared experts FP8, the rest as it was."""
+def routed_mxfp4(tensors: dict[str, Tensor]) -> None:
+    """Replace routed experts by random ones in MXFP4, as in DeepSeek's own checkpoints."""
+    g = torch.Generator().manual_seed(0)
+    for name in [name for name in tensors if ".experts." in name]:
+        rows, columns = tensors[name].shape
+        tensors[name] = torch.randint(0, 256, (rows, columns // 2), generator=g).to(torch.uint8).view(torch.int8)
+        exponents = torch.randint(118, 123, (rows, columns // 32), generator=g).to(torch.uint8)
+        tensors[name.removesuffix("weight") + "scale"] = exponents.view(torch.float8_e8m0fnu)
+
+
+def write_hybrid(tiny: Path, path: Path, routed: str = "nvfp4") -> Path:
+    """NVIDIA's hybrid: official names, routed experts NVFP4, attention and shared experts FP8, the rest as it was.
+
+    With routed="mxfp4" it is DeepSeek's own.
+    """
     tensors = {}
     for name, tensor in load_file(tiny / "model.safetensors").items():
         for old, new in _OFFICIAL:
             name = name.replace(old, new)
         tensors[name] = tensor
-    routed_nvfp4(tensors, input_scale, hidden_scale)
+    if routed == "nvfp4":
+        routed_nvfp4(tensors, 0.004, 0.03)
+    else:
+        routed_mxfp4(tensors)
     for name in [name for name in tensors if _FP8.search(name)]:
         tensors[name], tensors[name.removesuffix("weight") + "scale"] = fp8_blocks(tensors[name])
     path.mkdir(parents=True)
@@ -82,6 +97,7 @@ def write_hybrid(tiny: Path, path: Path, input_scale: float | None = 0.004, hidd
     weight_map = {name: shard for shard, members in shards.items() for name in members}
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((tiny / "config.json").read_text())
-    config |= {"expert_dtype": "fp4", "quantization_config": HYBRID_CONFIG}
+    declared = {k: v for k, v in HYBRID_CONFIG.items() if routed == "nvfp4" or "algo" not in k}
+    config |= {"expert_dtype": "fp4", "quantization_config": declared}
     (path / "config.json").write_text(json.dumps(config))
     return path

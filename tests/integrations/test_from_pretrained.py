@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from examples.heldout import load_windows, nats_per_byte
 from nvfp4_experts import Nvfp4RoutedExperts, Nvfp4SharedExpert
-from nvfp4_experts.checkpoints import convert, open_checkpoint
+from nvfp4_experts.checkpoints import convert, load_projection, open_checkpoint
 from nvfp4_experts.checkpoints.errors import ConfigMismatchError, MissingExpertError, MissingTensorError
 from nvfp4_experts.errors import InputError, UnsupportedError
 from nvfp4_experts.integrations.transformers import (
@@ -31,6 +32,8 @@ from nvfp4_experts.integrations.transformers import (
     set_activations,
 )
 from nvfp4_experts.integrations.transformers.rule import weights_of
+from nvfp4_experts.integrations.transformers.source import open_files
+from tests.integrations.checkpoints import write_hybrid
 from tests.integrations.conftest import DIALECTS
 
 # Four-bit experts and FP8 attention move the loss by some 0.003; exchanged gate and up by 0.1, or more if routed.
@@ -159,6 +162,38 @@ def test_shared_experts_in_fp8_become_nvfp4_when_asked(load: Load, tmp_path: Pat
     assert not checkpoint.problems and "layers.1.ffn.shared_experts.w1.scale" not in checkpoint.tensors
     assert checkpoint.quantization["quant_method"] == "fp8"  # as the rest is; our own producer makes it load directly
     assert len(experts_of(load(tmp_path / "all"))) == 8
+
+
+def test_deepseeks_own_checkpoint_is_cast_exactly(load: Load, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Routed experts in MXFP4 become NVFP4 of the same values; saved, they load without a word."""
+    source = open_checkpoint(write_hybrid(tiny_checkpoint, tmp_path / "official", routed="mxfp4"))
+    model, report = load(source.directory, config=Nvfp4ExpertsConfig(), output_loading_info=True)
+    assert not any(report.values())
+    for layer, experts in enumerate(experts_of(model).values()):
+        for number, entry in enumerate(source.routed_experts(layer)):
+            for name, projection in entry.projections.items():
+                want = load_projection(source, projection).dequantize()
+                assert torch.equal(getattr(experts, name)[number].dequantize(), want)
+    model.save_pretrained(tmp_path / "cast")
+    assert bytes_of(tmp_path / "cast").keys() > {"layers.1.attn.wq_a.scale", "layers.1.ffn.experts.7.w2.weight_scale_2"}
+    assert len(experts_of(load(tmp_path / "cast"))) == 4
+
+
+@pytest.mark.parametrize("producer", [{"name": "llm-compressor"}, None])
+def test_other_peoples_compressed_tensors_and_no_config_at_all(
+    producer: dict[str, str] | None, load: Load, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    found = json.loads((checkpoints["compressed-tensors"] / "config.json").read_text())["quantization_config"]
+    declares = None if producer is None else found | {"producer": producer}
+    path = edited(checkpoints["compressed-tensors"], tmp_path / "theirs", lambda _: None, quantization_config=declares)
+    how = {"config": Nvfp4ExpertsConfig()} if producer else {"quantization_config": Nvfp4ExpertsConfig()}
+    model = load(path, **how)
+    assert len(experts_of(model)) == 8
+    model.save_pretrained(tmp_path / "again")
+    assert bytes_of(tmp_path / "again") == bytes_of(path)
+    assert (
+        declared(tmp_path / "again").get("producer", {}).get("name") == (producer or {"name": "nvfp4-experts"})["name"]
+    )
 
 
 def test_options_reach_every_expert(load: Load) -> None:
@@ -332,6 +367,18 @@ def test_disk_offload_is_refused() -> None:
         quantizer.validate_environment(device_map={"": "disk"})
 
 
+def test_a_distributed_model_is_refused(load: Load) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(distributed_config=object()))
+    with pytest.raises(UnsupportedError, match="a distributed model"):
+        Nvfp4ExpertsHfQuantizer(Nvfp4ExpertsConfig())._process_model_before_weight_loading(model, checkpoint_files=None)
+
+
+@pytest.mark.parametrize("files", [None, [], ["pytorch_model.bin"]])
+def test_other_files_are_refused(files: list[str] | None) -> None:
+    with pytest.raises(UnsupportedError, match="loads safetensors checkpoints"):
+        open_files(files)
+
+
 def test_changed_weights(load: Load, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """In bf16 they are saved as they are; in FP8 there is no scale for them."""
     model = load("hybrid")
@@ -348,13 +395,17 @@ def test_changed_weights(load: Load, checkpoints: dict[str, Path], tmp_path: Pat
 # --- as documented ---------------------------------------------------------------------------------------------------
 
 
-def test_the_documented_lines_run_in_a_new_process(checkpoints: dict[str, Path], root: Path, tmp_path: Path) -> None:
-    page = (root / "docs" / "transformers.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "generate" in block)
-    for name in ("tiny-nvfp4", "hybrid"):
-        source = "compressed-tensors" if name == "tiny-nvfp4" else name
-        (tmp_path / name).symlink_to(checkpoints[source])
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+def test_the_documented_lines_run_in_a_new_process(
+    checkpoints: dict[str, Path], tiny_checkpoint: Path, root: Path, tmp_path: Path
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (root / "docs" / "transformers.md").read_text(), re.S)
+    for name, path in (("tiny-nvfp4", checkpoints["compressed-tensors"]), ("hybrid", checkpoints["hybrid"])):
+        (tmp_path / name).symlink_to(path)
+    (tmp_path / "tiny").symlink_to(tiny_checkpoint)
+    command = [sys.executable, "-c", "\n".join(blocks)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "class Node(object):\n    def __init__(self, " in done.stdout
+    assert "class Node(object):\n    def __init__(self, other):" in done.stdout
     assert bytes_of(tmp_path / "copy") == bytes_of(checkpoints["compressed-tensors"])
+    readme = re.search(r"```python\n(import nvfp4_experts.integrations.*?)```", (root / "README.md").read_text(), re.S)
+    assert readme and readme[1] == blocks[0]

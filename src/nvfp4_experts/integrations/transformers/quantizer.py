@@ -65,6 +65,9 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
             raise UnsupportedError("device_map", "must not offload to disk", "disk", way_out)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:  # its plans would shard what is not there yet
+            way_out = "load without tp_plan and distributed_config"
+            raise UnsupportedError("NVFP4 experts", "are loaded whole", "a distributed model", way_out)
         self._source = Source(open_files(checkpoint_files), model, self.quantization_config.experts)
         for name in self._source.experts:
             model.set_submodule(name, _Awaited())
