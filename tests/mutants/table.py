@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "FP8 block height and width exchanged",
         "formats/fp8_block.py",
-        "rows, columns = self.block",
-        "columns, rows = self.block",
+        "height, width = self.block",
+        "width, height = self.block",
         "tests/formats/test_fp8_block.py::test_dequantize_follows_the_definition",
     ),
     # layouts
