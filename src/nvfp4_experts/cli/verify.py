@@ -94,7 +94,11 @@ def command(
         got = "--recipe" if picture is None else "--picture"
         raise InputError("verify --exact", "compares a backend's outputs, and draws nothing", got, "leave it out")
 
-    _check_moe(moe, exact, recipe, picture, sample, shared)
+    if moe:
+        _check_moe({"--exact": exact, "--recipe": recipe, "--picture": picture, "--sample": sample,
+            "--experts": experts != "shared"})  # fmt: skip
+    elif shared is not None:
+        raise InputError("--shared", "goes with --moe", "no --moe", "add it")
 
     from ..diagnostics.exactness import verify_exact
     from ..diagnostics.hidden_states import load_hidden_states
@@ -143,16 +147,10 @@ def command(
         raise typer.Exit(1)
 
 
-def _check_moe(
-    moe: bool, exact: bool, recipe: str | None, picture: Path | None, sample: int | None, shared: str | None
-) -> None:
+def _check_moe(options: dict[str, object]) -> None:
     """--moe compares all experts of a layer together: what chooses among them, or draws them, has no place there."""
-    given = {"--exact": exact, "--recipe": recipe, "--picture": picture, "--sample": sample}
-    wrong = [name for name, value in given.items() if value]
-    if moe and wrong:
-        raise InputError("verify --moe", "compares outputs of whole blocks alone", wrong[0], "leave it out")
-    if shared is not None and not moe:
-        raise InputError("--shared", "goes with --moe", "no --moe", "add it")
+    if given := [name for name, value in options.items() if value]:
+        raise InputError("verify --moe", "compares the outputs of whole blocks", given[0], "leave it out")
 
 
 def _print(report: VerificationReport) -> None:

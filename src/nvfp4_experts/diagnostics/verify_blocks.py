@@ -124,9 +124,8 @@ def verify_blocks(
     for done, layer in enumerate(chosen):
         if progress:
             progress(done, len(chosen), f"layer {layer}")
-        block = load_moe(
-            ours, layer, device, max(count, 1), shared=shared, activations="bf16", backend=backend
-        )  # fmt: skip
+        options = {"shared": shared, "activations": "bf16", "backend": backend}
+        block = load_moe(ours, layer, device, max(count, 1), **options)
         hidden = block.routed.hidden_size
         x = synthetic_hidden_states(tokens, hidden, seed) if hidden_states is None else hidden_states
         if x.shape[-1] != hidden:
