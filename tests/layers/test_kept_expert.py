@@ -87,6 +87,8 @@ def test_dtypes_shapes_strides_and_out() -> None:
         assert torch.equal(expert(torch.stack((x, x), -1)[..., 0]), y)
         out = torch.empty_like(x)
         assert expert(x, out) is out and torch.equal(out, y)
+        unrounded = torch.empty(x.shape)
+        assert torch.equal(expert(x, unrounded), expert(x.float()))
     assert expert(torch.empty(0, H)).shape == (0, H)
 
 
@@ -144,6 +146,8 @@ def test_calls_that_do_not_fit() -> None:
             expert(x)
     with pytest.raises(InputError, match="out"):
         expert(torch.randn(2, H), torch.empty(3, H))
+    with pytest.raises(InputError, match="out"):
+        expert(torch.randn(2, H).bfloat16(), torch.empty(2, H).half())
     with pytest.raises(UnsupportedError, match="is for inference"):
         expert(torch.randn(2, H, requires_grad=True)).sum().backward()
 

@@ -111,8 +111,8 @@ MUTANTS = (
     Mutant(
         "FP8 block height and width exchanged",
         "formats/fp8_block.py",
-        "rows, columns = self.block",
-        "columns, rows = self.block",
+        "height, width = self.block",
+        "width, height = self.block",
         "tests/formats/test_fp8_block.py::test_dequantize_follows_the_definition",
     ),
     # layouts
@@ -236,6 +236,49 @@ MUTANTS = (
         "values, scale = enter(x, activations, activation_scale, x_scale)",
         "values, scale = enter(x * (indices == expert).any(-1, True), activations, activation_scale, x_scale)",
         "tests/kernels/test_routed_experts.py::test_reference_is_the_definition",
+    ),
+    # experts that come one at a time
+    Mutant(
+        "streaming: the expert at hand is kept while the next is made",
+        "layers/streaming.py",
+        "            self._current = ()  # type: ignore[assignment]  # forgotten before the next one is made\n",
+        "",
+        "tests/layers/test_routed_experts.py::test_an_expert_is_forgotten_before_the_next_is_made",
+    ),
+    Mutant(
+        "streaming: gate and up under scales of their own",
+        "layers/streaming.py",
+        "joint = joint_amax(gate, up)",
+        "joint_amax(gate, up)",
+        "tests/layers/test_routed_experts.py::test_from_lists_and_stacks_and_floating_weights",
+    ),
+    Mutant(
+        "loading: a share of a layer asks only itself for its mode",
+        "checkpoints/load.py",
+        "_has_input_scales(checkpoint.routed_experts(layer))",
+        "_has_input_scales(entries)",
+        "tests/checkpoints/test_load_moe.py::test_shares_of_a_layer_have_one_mode",
+    ),
+    Mutant(
+        "loading: every model weighs as DeepSeek-V4 does",
+        "checkpoints/load.py",
+        'in (None, "deepseek_v4") else "after_down"',
+        'in (None, "deepseek_v4") else "before_down"',
+        "tests/checkpoints/test_load_moe.py::test_weighting_is_that_of_the_models_own_code",
+    ),
+    Mutant(
+        "loading: to keep a shared expert is to quantise it",
+        "checkpoints/load.py",
+        'if shared == "keep" and not is_fp4(entry):',
+        'if shared == "keep" and is_fp4(entry) is None:',
+        "tests/checkpoints/test_load_moe.py::test_a_hybrid_block_is_its_parts",
+    ),
+    Mutant(
+        "FP8 rows decoded as if they began a block",
+        "formats/fp8_block.py",
+        "first, last = start // height, -(-stop // height)",
+        "first, last = start // height + (start % height > 0), -(-stop // height)",
+        "tests/formats/test_fp8_block.py::test_rows_are_those_of_the_whole_wherever_blocks_begin",
     ),
     # kernels: the CPU's own
     Mutant(

@@ -27,11 +27,10 @@ from ..layers.moe import Nvfp4MoE
 from ..layers.routed_experts import Nvfp4RoutedExperts
 from ..layers.shared_expert import Nvfp4SharedExpert
 from .errors import ConfigMismatchError, MissingConfigError, MissingExpertError
+from .plan import check_shared
 from .projections import load_projection, projection_input_scale
 from .reader import CONFIG_FILE, Checkpoint, ExpertEntry, open_checkpoint
 from .router import experts_per_token, load_router
-
-SHARED = ("nvfp4", "keep")
 
 
 def load_shared_expert(
@@ -111,7 +110,8 @@ def load_kept_expert(
     for projection in entry.projections.values():
         loaded = load_projection(checkpoint, projection)
         if isinstance(loaded, Mxfp4Tensor | Nvfp4Tensor):
-            rule, way_out = "must be FP8 or floating to be kept so", "use load_shared_expert"
+            rule = "must be FP8 or floating, as all three projections, to be kept as it is"
+            way_out = 'use load_shared_expert, or shared="nvfp4"'
             raise InputError(projection.prefix, rule, projection.format, way_out)
         weights.append(loaded.to(device))
     return KeptSharedExpert(*weights, swiglu_limit=checkpoint.swiglu_limit, max_tokens=max_tokens)
@@ -215,8 +215,7 @@ def load_moe(
 
     Cost: that of its parts.
     """
-    if shared not in SHARED:
-        raise InputError("shared", f"must be one of {SHARED}", repr(shared), "pick one of them")
+    check_shared(shared)
     device = usable_device(device)
     checkpoint = _opened(path)
     router = load_router(
@@ -231,7 +230,7 @@ def load_moe(
     )  # fmt: skip
     if entry is None:
         return Nvfp4MoE(router, routed)
-    if shared == "keep" and kept_as_stored(entry):
+    if shared == "keep" and not is_fp4(entry):
         return Nvfp4MoE(router, routed, load_kept_expert(checkpoint, layer, device, max_tokens))
     quantised = load_shared_expert(
         checkpoint, layer, device, max_tokens,
@@ -243,10 +242,9 @@ def load_moe(
 # --- what the checkpoint says --------------------------------------------------------------------------------
 
 
-def kept_as_stored(entry: ExpertEntry) -> bool:
-    """Whether shared="keep" runs this expert in the format it is stored in: all of it is FP8, or floating."""
-    formats = {projection.format for projection in entry.projections.values()}
-    return len(formats) == 1 and not formats & {"nvfp4", "mxfp4"}
+def is_fp4(entry: ExpertEntry) -> bool:
+    """Whether an expert is NVFP4 as it is stored, or becomes so by the exact cast."""
+    return {projection.format for projection in entry.projections.values()} <= {"nvfp4", "mxfp4"}
 
 
 def owned_experts(checkpoint: Checkpoint, layer: int, experts: Sequence[int] | None) -> list[ExpertEntry]:

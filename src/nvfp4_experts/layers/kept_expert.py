@@ -80,7 +80,8 @@ class KeptSharedExpert(nn.Module):
 
         Args:
             x: (..., H) bf16, fp16 or fp32 on the device of the weights, any strides, at most max_tokens rows.
-            out: as for `Nvfp4SharedExpert`.
+            out: where to write: contiguous, shape and device of x, dtype of x or fp32 (the sum, not rounded), outside
+                the memory from x's first element to its last; None allocates.
 
         Returns:
             (..., H) in the dtype of x, the caller's own, or `out`.
@@ -89,10 +90,12 @@ class KeptSharedExpert(nn.Module):
             InputError: x or out does not fit; nothing has been computed.
         """
         check_hidden_states(x, self.hidden_size, self.max_tokens, self._weights()[0].device)
+        # As fp32, x is the same values, and the sum comes out unrounded, as an fp32 `out` takes it.
+        rows = x if out is None or out.dtype == x.dtype else x.float()
         if out is not None:
-            check_out(x, out)
-        rows = x.reshape(-1, self.hidden_size).contiguous()
-        y = ops.kept_expert(rows, self._weights(), self.block, self.swiglu_limit).view(x.shape)
+            check_out(rows, out)
+        flat = rows.reshape(-1, self.hidden_size).contiguous()
+        y = ops.kept_expert(flat, self._weights(), self.block, self.swiglu_limit).view(x.shape)
         if out is not None:
             return out.copy_(y)
         return NoBackward.apply(y, "shared expert", x) if x.requires_grad and torch.is_grad_enabled() else y

@@ -81,6 +81,11 @@ class Nvfp4MoE(nn.Module):
         wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
         return NoBackward.apply(y, "mixture of experts", x) if wants_grad else y
 
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights its experts keep on their device."""
+        return self.routed.resident_bytes + (0 if self.shared is None else self.shared.resident_bytes)
+
     @torch.no_grad()
     def _run(self, x: Tensor, token_ids: Tensor | None, out: Tensor | None) -> Tensor:
         indices, weights = self.router(x, token_ids)
