@@ -191,7 +191,8 @@ def _patterns(names: set[str], renaming: _Renaming) -> set[str]:
     found = set()
     for name in _one_of_each(names):
         words = renaming.turn(name)[0].split(".")
-        numbers = {"layers": f"(?:{'|'.join(sorted(layers[_alike(name)], key=int))})", "experts": r"\d+"}
+        of_layers = "|".join(sorted(layers[_alike(name)], key=int))
+        numbers = {"layers": f"(?:{of_layers})", "experts": r"\d+"}
         told = [
             numbers[before] if word.isdigit() and before in numbers else re.escape(word)
             for before, word in pairwise(["", *words])
