@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import nvfp4_experts
 from examples.heldout import load_windows, nats_per_byte
 from nvfp4_experts import Nvfp4RoutedExperts, Nvfp4SharedExpert
 from nvfp4_experts.checkpoints import convert, load_projection, open_checkpoint
@@ -403,7 +405,8 @@ def test_the_documented_lines_run_in_a_new_process(
         (tmp_path / name).symlink_to(path)
     (tmp_path / "tiny").symlink_to(tiny_checkpoint)
     command = [sys.executable, "-c", "\n".join(blocks)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    environment = {**os.environ, "PYTHONPATH": str(Path(nvfp4_experts.__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "class Node(object):\n    def __init__(self, other):" in done.stdout
     assert bytes_of(tmp_path / "copy") == bytes_of(checkpoints["compressed-tensors"])

@@ -59,7 +59,7 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if unknown:
-            way_out = f"options are {', '.join(self._options(type(self)))}"
+            way_out = f"options are {', '.join(self._options())}"
             raise InputError(METHOD, "must have known options", sorted(unknown), way_out)
         self.quant_method = METHOD
         self.experts = checked_choice("experts", experts, EXPERTS)
@@ -74,9 +74,9 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         self.recipe = checked_choice("recipe", recipe, RECIPES)
         self._declared: dict[str, Any] | None = None
 
-    @staticmethod
-    def _options(init: Any) -> list[str]:
-        return list(inspect.signature(init).parameters)[:-1]
+    @classmethod
+    def _options(cls) -> list[str]:
+        return list(inspect.signature(cls).parameters)[:-1]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -92,11 +92,16 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What `from_pretrained(..., quantization_config=...)` may change of a checkpoint's own configuration."""
-        return {name: getattr(self, name) for name in self._options(type(self))}
+        return {name: getattr(self, name) for name in self._options()}
+
+    def of_layers(self) -> dict[str, Any]:
+        """The options that routed and shared experts have in common."""
+        names = ("activations", "activation_scale", "max_tokens", "backend", "recipe")
+        return {name: getattr(self, name) for name in names}
 
     def declare(self, declared: dict[str, Any]) -> None:
         """Say in config.json what the checkpoint's own says, which every engine reads, and not how it was loaded."""
-        self._declared = declared
+        self._declared = {"quant_method": "modelopt", **declared} if declared else None
 
     def to_dict(self) -> dict[str, Any]:
         """What `save_pretrained` writes as `quantization_config`."""
@@ -114,7 +119,7 @@ def is_ours(declared: dict[str, Any]) -> bool:
     return isinstance(producer, dict) and producer.get("name") == PRODUCER
 
 
-def answer_for(method: str) -> None:
+def _answer_for(method: str) -> None:
     """Read the checkpoints of a method that this package wrote, and those of a method that nobody reads.
 
     transformers finds the class of a checkpoint's configuration by its `quant_method` alone. That of a method it knows
@@ -136,6 +141,6 @@ def answer_for(method: str) -> None:
 
 
 for _method in ("modelopt", "compressed-tensors", "fp8"):
-    answer_for(_method)
+    _answer_for(_method)
 # The types whose values in from_pretrained(..., quantization_config=...) win over the checkpoint's own configuration.
 auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, Nvfp4ExpertsConfig)

@@ -3,13 +3,14 @@
 
 before loading   modules that will hold NVFP4 experts give way to empty ones
 loading          transformers loads all other tensors, and is told which ones are not its own (`source.py`)
-after loading    this package loads the experts, a layer at a time, each onto the device of its block; FP8 weights
-                 that transformers has loaded as numbers are multiplied by their scales
+after loading    this package loads the experts, layer by layer, onto the device of their block; FP8 weights that
+                 transformers has loaded as numbers are multiplied by their scales
 saving           `saving.py`
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class _Awaited(nn.Module):
 class Nvfp4ExpertsHfQuantizer(HfQuantizer):
     """transformers' hooks for this package's experts; see the module docstring.
 
-    Cost: while loading, one layer's experts beside those that are packed; while saving, all of them once more.
+    Cost: while loading, one expert beside those that are packed; while saving, all of them once more, on the host.
     """
 
     quantization_config: Nvfp4ExpertsConfig
@@ -42,7 +43,9 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
     _saver: Saver
 
     def __init__(self, quantization_config: Nvfp4ExpertsConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(
+            copy.deepcopy(quantization_config), **kwargs
+        )  # one for each model: it takes on what this one is
         self.pre_quantized = True  # also if the checkpoint is not: transformers has no weight to quantise
 
     @property
@@ -87,24 +90,15 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
         for key, projection in source.fp8.items():
             blocks = load_projection(source.checkpoint, projection)
             assert isinstance(blocks, Fp8BlockTensor)
-            parameter = model.get_parameter_or_buffer(key)
-            parameter.copy_(blocks.dequantize())
-        options = {
-            "activations": config.activations,
-            "activation_scale": config.activation_scale,
-            "max_tokens": config.max_tokens,
-            "backend": config.backend,
-            "recipe": config.recipe,
-        }
-        routed = {"weighting": config.weighting, "top_k": top_k_of(model)}
+            model.get_parameter_or_buffer(key).copy_(blocks.dequantize())
+        options = config.of_layers()
         for name in source.experts:
-            own = options | (routed if kind_of(name) == ROUTED else {})
-            experts = load_experts(source.checkpoint, name, _device_of_block(model, name), **own)
+            routed = {"weighting": config.weighting, "top_k": top_k_of(model)} if kind_of(name) == ROUTED else {}
+            experts = load_experts(source.checkpoint, name, _device_of_block(model, name), **options, **routed)
             model.set_submodule(name, experts.eval())
         self._saver = Saver(source, model, config.recipe)
         del self._source
-        if source.checkpoint.quantization:
-            config.declare({"quant_method": "modelopt", **source.checkpoint.quantization})
+        config.declare(source.checkpoint.quantization)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:

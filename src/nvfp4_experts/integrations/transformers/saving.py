@@ -77,7 +77,7 @@ class Saver:
         Raises:
             InputError: FP8 weights have changed since they were loaded, or NVFP4 experts were taken out.
 
-        Cost: the experts once more, in the form of the checkpoint.
+        Cost: the experts once more, in the form of the checkpoint, on the host.
         """
         experts = experts_of(model)
         if missing := sorted(self._stored.keys() - experts.keys()):
@@ -107,7 +107,7 @@ class Saver:
         experts = experts_of(model)
         same = all(_equal(scales, _static_scales(experts[name])) for name, scales in self._scales.items())
         if self._declared and same and not self._is_new:
-            return {"quant_method": "modelopt", **self._declared}
+            return self._declared
         specs = {name: TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
         return build_configs({}, self._declared, specs, self._dialect, self._recipe)[0]["quantization_config"]
 
@@ -140,7 +140,7 @@ def _layouts(checkpoint: Checkpoint, entry: ExpertEntry, dialect: str) -> dict[s
 def _projection(stored: _Stored, w: Nvfp4Tensor, input_scale: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """The tensors of one projection; a new static scale, decode direction, if there is one."""
     for role, part in (("codes", w.codes), ("block_scales", w.block_scales)):
-        yield stored.specs[role].name, part.clone()
+        yield stored.specs[role].name, part.to("cpu", copy=True)  # not a view: files hold no shared memory
     scalars = dict(stored.scalars)
     read = scalars.get("global_scale")
     if read is None or stored.in_dialect(read).reshape(()) != w.global_scale.cpu():
