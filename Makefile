@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --upgrad
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-demo: $(VENV)/.installed-demo  ## quantise the embedded checkpoint, run it in transformers, show loss, sizes and errors
+demo: $(VENV)/.installed-demo  ## the embedded model with all experts in NVFP4, in transformers: text, loss, errors, sizes
 	@$(BIN)/python -m examples.demo $(DEMO_ARGS)
 
 test: $(VENV)/.installed-test  ## all tests that need no GPU

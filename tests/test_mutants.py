@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.mutant import Mutant
 from tests.mutants.runner import ROOT, build_native, run_tests
-from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants.table import MUTANTS
 
 TESTS_FAILED = 1  # pytest's exit code; 2 and above mean that it could not run them
 

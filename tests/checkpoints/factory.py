@@ -118,6 +118,10 @@ FORMATS = {
 }  # fmt: skip
 
 
+ROUTER_BIAS = {"official": "bias", "transformers": "e_score_correction_bias"}
+NVIDIA_IGNORE = ["*.attn.*", "*.ffn.shared_experts.*", "head", "mtp.*"]
+
+
 def expert_name(naming: str, layer: int, index: int | None) -> str:
     return PREFIX[naming].format(layer) + (".shared_experts" if index is None else f".experts.{index}")
 
@@ -200,3 +204,79 @@ def model(
             made, values[prefix] = expert(maker, prefix, naming, seed=10 * layer + seed, **sizes)
             tensors |= made
     return tensors, values
+
+
+def router(
+    layer: int, naming: str, experts: int, top_k: int, hidden: int, vocabulary: int, by_table: bool
+) -> dict[str, Tensor]:
+    """The tensors of one layer's router, in the dtypes of DeepSeek's checkpoints."""
+    g = torch.Generator().manual_seed(1000 + layer)
+    prefix = f"{PREFIX[naming].format(layer)}.gate"
+    made = {f"{prefix}.weight": torch.randn(experts, hidden, generator=g).mul(0.1).bfloat16()}
+    if by_table:
+        made[f"{prefix}.tid2eid"] = torch.rand(vocabulary, experts, generator=g).argsort(-1)[:, :top_k].contiguous()
+    else:
+        made[f"{prefix}.{ROUTER_BIAS[naming]}"] = torch.randn(experts, generator=g).mul(0.1)
+    return made
+
+
+def blocks(
+    shared: Maker | dict[str, Maker],
+    routed: Maker | dict[str, Maker],
+    *,
+    naming: str = "official",
+    layers: int = 2,
+    experts: int = 4,
+    top_k: int = 2,
+    hash_layers: int = 1,
+    hidden: int = 160,
+    inner: int = 96,
+    vocabulary: int = 11,
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
+    """(tensors, {expert prefix: {projection: values}}, config) of a model whose blocks are whole: routers too."""
+    tensors, values = {}, {}
+    for layer in range(layers):
+        tensors |= router(layer, naming, experts, top_k, hidden, vocabulary, layer < hash_layers)
+        for index in (None, *range(experts)):
+            prefix, seed = expert_name(naming, layer, index), 100 * layer + (-1 if index is None else index) + 1
+            maker = shared if index is None else routed
+            made, values[prefix] = expert(maker, prefix, naming, hidden, inner, seed)
+            tensors |= made
+    config = {
+        "model_type": "deepseek_v4", "hidden_size": hidden, "moe_intermediate_size": inner, "num_hidden_layers": layers,
+        "vocab_size": vocabulary, "swiglu_limit": 10.0, "n_routed_experts": experts, "n_shared_experts": 1,
+        "num_experts_per_tok": top_k, "num_hash_layers": hash_layers, "scoring_func": "sqrtsoftplus",
+        "topk_method": "noaux_tc", "norm_topk_prob": True, "routed_scaling_factor": 1.5,
+    }  # fmt: skip
+    return tensors, values, config
+
+
+def hybrid(
+    calibrated: bool = True, scale: str = "e8m0", block: tuple[int, int] = (32, 32), **sizes: int
+) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]], dict]:
+    """NVIDIA's export of a DeepSeek V4: routed experts NVFP4, shared experts FP8, one MTP layer FP8 and MXFP4.
+
+    gate and up of an expert share both scalars, which differ from expert to expert.
+    """
+    tensors, values, config = blocks(fp8(block, scale), modelopt(), **sizes)
+    for prefix in (prefix for prefix in values if "shared" not in prefix):
+        number = int(prefix.rpartition(".")[2])
+        for word, share in (("w1", 1.0), ("w3", 1.0), ("w2", 4.0)):
+            factor = 1 + number / 4
+            tensors[f"{prefix}.{word}.weight_scale_2"] *= factor
+            if calibrated:
+                tensors[f"{prefix}.{word}.input_scale"] = torch.tensor(share * factor / 2688)
+        values[prefix] = {name: factor * w for name, w in values[prefix].items()}
+    hidden, inner = config["hidden_size"], config["moe_intermediate_size"]
+    for index in (None, *range(config["n_routed_experts"])):
+        prefix = expert_name("official", 0, index).replace("layers", "mtp")
+        made, values[prefix] = expert(
+            fp8(block, scale) if index is None else mxfp4(), prefix, "official", hidden, inner
+        )
+        tensors |= made
+    quantization = {
+        "quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0" if scale == "e8m0" else "float",
+        "weight_block_size": list(block), "activation_scheme": "dynamic", "quant_algo": "MIXED_PRECISION",
+        "moe_quant_algo": "NVFP4", "ignore": NVIDIA_IGNORE,
+    }  # fmt: skip
+    return tensors, values, config | {"expert_dtype": "fp4", "quantization_config": quantization}

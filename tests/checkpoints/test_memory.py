@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak memory of a conversion: a constant, whatever the size of the tensors; `python -m tests.checkpoints.test_memory`
-prints the measurement that docs/measured.md quotes."""
+"""Peak memory of a conversion: a constant, whatever the size of the tensors; of loading routed experts: that of one,
+beside the packed ones. `python -m tests.checkpoints.test_memory` prints the measurements that docs/measured.md has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,22 @@ convert(large, target + "-large")
 print(peak() - before)
 """
 
+# Loads one expert first, for the same reason. On a CPU the packed experts lie in host memory too.
+LOADING_CHILD = """
+import re, sys
+from pathlib import Path
+from nvfp4_experts import load_routed_experts
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+options = {"backend": "torch", "activations": "bf16", "top_k": 1}
+load_routed_experts(sys.argv[1], 0, experts=range(1), **options)
+before = peak()
+loaded = load_routed_experts(sys.argv[1], 0, **options)
+print(peak() - before, loaded.resident_bytes)
+"""
+
 CONSTANT = 24 << 20
 FP8_ROW = 16 * 128
 PER_TENSOR = 2 << 10
@@ -39,15 +56,21 @@ bytes per column, since a band is at least one row of blocks of 128; and the met
 KINDS = ("BF16", "FP8", "MXFP4")
 
 
-def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int, others: int = 0) -> int:
-    """A checkpoint whose weights repeat one block of bytes, and `others` tiny tensors; returns its largest tensor's."""
+def sparse_checkpoint(path: Path, kind: str, rows: int, columns: int, others: int = 0, experts: int = 0) -> int:
+    """A checkpoint whose weights repeat one block of bytes, and `others` tiny tensors; returns its largest tensor's.
+
+    Its experts are one shared expert, or so many routed ones.
+    """
     path.mkdir()
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"swiglu_limit": 10.0}')
     specs: list[tuple[str, str, list[int], int, bytes]] = [
         ("passed.through", "U8", [rows, columns], rows * columns, b"\0")
     ]
-    for word, (n, k) in (("w1", (rows, columns)), ("w3", (rows, columns)), ("w2", (columns, rows))):
-        name = f"layers.0.ffn.shared_experts.{word}"
+    prefixes = [f"layers.0.ffn.experts.{e}" for e in range(experts)] or ["layers.0.ffn.shared_experts"]
+    for prefix, (word, n, k) in product(
+        prefixes, (("w1", rows, columns), ("w3", rows, columns), ("w2", columns, rows))
+    ):
+        name = f"{prefix}.{word}"
         if kind == "BF16":
             specs.append((f"{name}.weight", "BF16", [n, k], 2 * n * k, b"\x12\x3c\x81\xbd"))
         elif kind == "FP8":
@@ -77,10 +100,21 @@ def measure(folder: Path, kind: str, rows: int, columns: int, others: int = 0) -
     """(bytes of the largest tensor, bytes by which the peak rose while converting)."""
     sparse_checkpoint(folder / f"{kind}-small", kind, 256, 128)
     largest = sparse_checkpoint(folder / f"{kind}-large", kind, rows, columns, others)
-    command = [sys.executable, "-c", CHILD, kind, *(str(folder / f"{kind}-{s}") for s in ("small", "large", "out"))]
+    return largest, _run(CHILD, kind, *(str(folder / f"{kind}-{s}") for s in ("small", "large", "out")))[0]
+
+
+def measure_loading(folder: Path, kind: str, experts: int, rows: int, columns: int) -> tuple[int, int]:
+    """(bytes by which the peak rose while loading that many routed experts, bytes of the packed ones)."""
+    sparse_checkpoint(folder / f"{kind}-routed", kind, rows, columns, experts=experts)
+    rise, packed = _run(LOADING_CHILD, str(folder / f"{kind}-routed"))
+    return rise, packed
+
+
+def _run(child: str, *arguments: str) -> list[int]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", child, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
-    return largest, int(done.stdout)
+    return [int(number) for number in done.stdout.split()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,8 +130,20 @@ def test_peak_memory_grows_by_metadata_alone_with_the_number_of_tensors(tmp_path
     assert 0 < rise < CONSTANT + PER_TENSOR * 20_000
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_routed_experts_are_loaded_one_at_a_time(tmp_path: Path, kind: str) -> None:
+    """Their peak is that of loading one, which came first, and the packed ones."""
+    rise, packed = measure_loading(tmp_path, kind, experts=32, rows=1024, columns=1024)
+    assert packed == pytest.approx(32 * 3 * 1024 * 1024 * 0.5625, rel=1e-3)
+    assert packed < rise < packed + CONSTANT
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
+        for source in KINDS:
+            risen, resident = measure_loading(Path(scratch), source, 32, 2048, 2048)
+            over = (risen - resident) / (1 << 20)
+            print(f"{source:6} 32 routed experts, {resident >> 20} MiB packed   peak rose by that and {over:5.1f} MiB")
         for source in KINDS:
             for size in (8192, 16384):
                 (Path(scratch) / f"{source}{size}").mkdir()

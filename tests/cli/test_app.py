@@ -16,7 +16,7 @@ from rich.console import Console
 
 from nvfp4_experts import __version__
 from nvfp4_experts.checkpoints.dialects import OUTPUT_DIALECTS
-from nvfp4_experts.checkpoints.plan import EXPERTS
+from nvfp4_experts.checkpoints.plan import EXPERTS, SHARED
 from nvfp4_experts.cli import bench, inspect, options, quantize, render, run, tune, verify
 from nvfp4_experts.diagnostics.anomalies import CHECKPOINT_RULES, EXPERT_RULES, MODULE_RULES, SEVERITIES
 from nvfp4_experts.diagnostics.exactness import DEFAULT_MIN_EQUAL
@@ -53,6 +53,7 @@ def test_the_words_are_the_librarys() -> None:
     assert get_args(options.Dialect) == OUTPUT_DIALECTS
     assert get_args(options.Experts) == EXPERTS
     assert get_args(options.Recipe) == RECIPES
+    assert get_args(options.Shared) == SHARED
     assert get_args(options.Activations) == ("auto", *ACTIVATIONS)
     assert get_args(options.ActivationScale) == ACTIVATION_SCALES
     assert verify.DEFAULT_MAX_ERROR == DEFAULT_MAX_ERROR and verify.DEFAULT_MIN_EQUAL == DEFAULT_MIN_EQUAL

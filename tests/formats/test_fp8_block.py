@@ -72,3 +72,13 @@ def test_refuses(change: dict, message: str) -> None:
 
 def test_repr_holds_metadata_only() -> None:
     assert repr(random_fp8(4, 6, (2, 2), True)) == "Fp8BlockTensor(shape=(4, 6), block=(2, 2), device='cpu')"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_those_of_the_whole_wherever_blocks_begin(dtype: torch.dtype) -> None:
+    values = torch.randn(100, 70).mul(50).to(torch.float8_e4m3fn)
+    t = Fp8BlockTensor(values, torch.randint(110, 130, (4, 3), dtype=torch.uint8), (32, 32))
+    whole = t.dequantize(dtype)
+    assert torch.equal(whole.float(), t.dequantize())  # e8m0 scales: exact in bf16
+    for start, stop in ((0, 100), (0, 1), (31, 33), (32, 64), (96, 100), (5, 99)):
+        assert torch.equal(t.dequantize_rows(start, stop, dtype), whole[start:stop])

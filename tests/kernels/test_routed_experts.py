@@ -31,6 +31,7 @@ from nvfp4_experts.kernels.dispatch import (
     Problem,
     Routing,
     choose_routed_backend,
+    get_backend,
     get_routed_backend,
 )
 from nvfp4_experts.kernels.target import target_of
@@ -108,6 +109,17 @@ def draw_routing(tokens: int, top_k: int, weighting: str = "before_down", expert
 
 def call_of(mode: tuple[str, str], experts: int = E) -> Call:
     return Call(LIMIT, *mode, *static_scales(experts))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_packed_experts_are_the_stack_of_each_ones_packed_form(backend: str) -> None:
+    weights, kernels = make_experts(), get_routed_backend(backend)
+    packed = kernels.pack(*weights)
+    for expert in range(E):
+        alone = get_backend(backend).pack(*(stack[expert] for stack in weights))
+        assert list(alone) == list(packed)
+        for name, tensor in alone.items():
+            assert tensor.dtype == packed[name].dtype and torch.equal(tensor, packed[name][expert]), name
 
 
 def run(

@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from nvfp4_experts import Nvfp4RoutedExperts
-from nvfp4_experts.errors import CalibrationError, InputError, Nvfp4Error, UnsupportedError
-from nvfp4_experts.formats.nvfp4 import quantize
+from nvfp4_experts.errors import CalibrationError, InputError, LayoutError, Nvfp4Error, UnsupportedError
+from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.formats.stack import Nvfp4Stack
 from nvfp4_experts.kernels import reference
-from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, WEIGHTINGS
+from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, WEIGHTINGS, get_routed_backend
 
 E, H, I, K = 5, 64, 48, 3  # noqa: E741
 MODES = [("bf16", "dynamic"), ("fp8", "dynamic"), *(("nvfp4", scale) for scale in ACTIVATION_SCALES)]
@@ -236,10 +238,75 @@ def test_compiles_whole() -> None:
         assert torch.equal(compiled(*x, out=torch.empty_like(x[0])), experts(*x))
 
 
-def test_a_backward_pass_is_refused() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_backward_pass_is_refused(backend: str) -> None:
     x, indices, w = inputs(3)
-    with pytest.raises(UnsupportedError, match="routed experts: is for inference"):
-        make()(x, indices, w.requires_grad_()).sum().backward()
+    for wanting in ((x.clone().requires_grad_(), indices, w), (x, indices, w.clone().requires_grad_())):
+        with pytest.raises(UnsupportedError, match="routed experts: is for inference"):
+            make(backend=backend)(*wanting).sum().backward()
+
+
+class Source:
+    """Experts, one by one, and how many of them were taken when each was packed."""
+
+    def __init__(self, number: int = E) -> None:
+        self.taken, self.number = 0, number
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for expert in zip(*weights(), strict=True):
+            if self.taken == self.number:
+                return
+            self.taken += 1
+            yield expert
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_from_experts_is_from_weights_and_takes_one_at_a_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, seen = Source(), []
+    one = get_routed_backend(backend).one
+    pack = one.pack
+    monkeypatch.setattr(one, "pack", lambda *w: (seen.append(source.taken), pack(*w))[1])
+    made = Nvfp4RoutedExperts.from_experts(source, E, backend=backend, activations="bf16")
+    assert seen == list(range(1, E + 1))
+    want = make(backend=backend)
+    assert all(torch.equal(v, w) for v, w in zip(made.buffers(), want.buffers(), strict=True))
+    assert repr(made) == repr(want) and made.state_dict().keys() == want.state_dict().keys()
+
+
+def test_an_expert_is_forgotten_before_the_next_is_made() -> None:
+    alive: list[weakref.ref[Nvfp4Tensor]] = []
+
+    def experts() -> Iterator[tuple[Nvfp4Tensor, ...]]:
+        for expert in zip(*weights(), strict=True):
+            assert not any(ref() for ref in alive)
+            made = tuple(quantize(w) for w in expert)
+            alive[:] = [weakref.ref(w) for w in made]
+            yield made
+            del made
+
+    Nvfp4RoutedExperts.from_experts(experts(), E)
+
+
+@pytest.mark.parametrize(("count", "got"), [(E + 1, f"got {E}"), (E - 1, "got more"), (0, "num_experts"), (1.5, "num")])
+def test_a_wrong_number_of_experts(count: int, got: str) -> None:
+    with pytest.raises(InputError, match=got):
+        Nvfp4RoutedExperts.from_experts(Source(), count)
+
+
+def test_no_experts_and_experts_of_two_shapes() -> None:
+    with pytest.raises(InputError, match="num_experts=1, got 0"):
+        Nvfp4RoutedExperts.from_experts([], 1)
+    gate, up, down = (w[0] for w in weights())
+    with pytest.raises(LayoutError, match="expert 1: must have the shapes of the first"):
+        Nvfp4RoutedExperts.from_experts([(gate, up, down), (gate[:16], up[:16], down[:, :16])], 2)
+
+
+def test_what_is_wrong_with_the_options_shows_before_the_second_expert() -> None:
+    for options in ({"weighting": "twice"}, {"input_scale": torch.ones(E + 1)}, {"backend": "abacus"}):
+        source = Source()
+        with pytest.raises(Nvfp4Error):
+            Nvfp4RoutedExperts.from_experts(source, E, **options)
+        assert source.taken == 1
 
 
 # --- calibration --------------------------------------------------------------------------------------------------

@@ -6,29 +6,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One wrong version of one file.
-
-    Args:
-        name: what went wrong, in words.
-        file: the file below src/nvfp4_experts.
-        old: source text that occurs exactly once in it.
-        new: what the mistake would have written instead.
-        killed_by: the pytest node id that must fail on it.
-    """
-
-    name: str
-    file: str
-    old: str
-    new: str
-    killed_by: str
-
+from .mutant import Mutant
+from .of_kernels import OF_KERNELS
 
 MUTANTS = (
+    *OF_KERNELS,
     # layers over ranks
     Mutant(
         "parts of ranks overlap where they are uneven",
@@ -126,8 +108,8 @@ MUTANTS = (
     Mutant(
         "FP8 block height and width exchanged",
         "formats/fp8_block.py",
-        "rows, columns = self.block",
-        "columns, rows = self.block",
+        "height, width = self.block",
+        "width, height = self.block",
         "tests/formats/test_fp8_block.py::test_dequantize_follows_the_definition",
     ),
     # layouts
@@ -166,240 +148,48 @@ MUTANTS = (
         "nibbles",
         "tests/layouts/test_fragments.py::test_codes_under_a_zero_scale_lose_their_magnitude_and_nothing_else",
     ),
-    # kernels
+    # experts that come one at a time
     Mutant(
-        "clamp lost",
-        "kernels/tiled.py",
-        "gate.clamp_(max=limit), up.clamp_(-limit, limit)",
-        "gate, up",
-        "tests/kernels/test_shared_expert.py::test_clamp_is_one_sided_for_gate_and_two_sided_for_up",
-    ),
-    Mutant(
-        "gate clamped from below too",
-        "kernels/tiled.py",
-        "gate.clamp_(max=limit)",
-        "gate.clamp_(-limit, limit)",
-        "tests/kernels/test_shared_expert.py::test_clamp_is_one_sided_for_gate_and_two_sided_for_up",
-    ),
-    Mutant(
-        "gate and up exchanged in the pack",
-        "kernels/plain.py",
-        "torch.cat((gate.codes, up.codes))",
-        "torch.cat((up.codes, gate.codes))",
-        "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
-    ),
-    Mutant(
-        "gate's global scale used for up",
-        "kernels/tiled.py",
-        "up_tile, up_scale",
-        "up_tile, gate_scale",
-        "tests/kernels/test_shared_expert.py::test_gate_and_up_keep_their_own_global_scales",
-    ),
-    Mutant(
-        "weight's global scale dropped",
-        "kernels/tiled.py",
-        "global_scale if scale is None else scale * global_scale, out=",
-        "torch.ones_like(global_scale) if scale is None else scale, out=",
-        "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
-    ),
-    Mutant(
-        "h rounded to bf16 before it is quantised",
-        "kernels/tiled.py",
-        "h_dtype = torch.bfloat16 if",
-        "h_dtype = torch.bfloat16 if True or",
-        "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
-    ),
-    Mutant(
-        "the contract itself forgets half the clamp",
-        "kernels/reference.py",
-        "up.clamp(-limit, limit)",
-        "up.clamp(max=limit)",
-        "tests/kernels/test_shared_expert.py::test_backend_matches_reference",
-    ),
-    Mutant(
-        "a named backend falls back in silence",
-        "kernels/dispatch.py",
-        'wanted = BACKENDS if name == "auto" else (name,)',
-        "wanted = BACKENDS",
-        "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
-    ),
-    # kernels: routed experts
-    Mutant(
-        "routed: every expert has the first one's static scales",
-        "kernels/one_by_one.py",
-        "None if s is None else s[expert]",
-        "None if s is None else s[0]",
-        "tests/kernels/test_routed_experts.py::test_each_expert_has_scales_of_its_own",
-    ),
-    Mutant(
-        "routed: slots are added from the last to the first",
-        "kernels/one_by_one.py",
-        "in rows.unbind(1)",
-        "in reversed(rows.unbind(1))",
-        "tests/kernels/test_routed_experts.py::test_slots_are_added_in_ascending_order",
-    ),
-    Mutant(
-        "routed: an expert that is not here is taken for the nearest",
-        "kernels/one_by_one.py",
-        "torch.where(here, indices, experts)",
-        "indices.clamp(0, experts - 1)",
-        "tests/kernels/test_routed_experts.py::test_what_is_not_here_adds_nothing",
-    ),
-    Mutant(
-        "routed: the contract itself takes the amax of x from one expert's tokens",
-        "kernels/reference.py",
-        "values, scale = enter(x, activations, activation_scale, x_scale)",
-        "values, scale = enter(x * (indices == expert).any(-1, True), activations, activation_scale, x_scale)",
-        "tests/kernels/test_routed_experts.py::test_reference_is_the_definition",
-    ),
-    Mutant(
-        "routed experts built for one dtype alone, so that a captured call compiles",
-        "kernels/sm100/routed.py",
-        "(torch.bfloat16, torch.float16, torch.float32)",
-        "(torch.bfloat16,)",
-        "tests/kernels/test_sm100_warm.py::test_routed_experts_are_built_with_all_that_their_calls_launch",
-    ),
-    Mutant(
-        "rows of slots that are not here added",
-        "kernels/sm100/vendor_routed.py",
-        "torch.where((rows.group < experts)[:, None], y, 0.0)",
-        "y",
-        "tests/kernels/test_sm100_vendor.py::test_all_but_the_grouped_gemm_is_the_reference",
-    ),
-    Mutant(
-        "block scales of an expert's rows begin where its rows do",
-        "kernels/sm100/vendor_routed.py",
-        "position + places[group]",
-        "position",
-        "tests/kernels/test_sm100_vendor.py::test_all_but_the_grouped_gemm_is_the_reference",
-    ),
-    Mutant(
-        "routed: calibration sees h without its weight",
-        "layers/routed_experts.py",
-        "h = h * weights[token, slot, None]",
-        "h = h + 0 * weights[token, slot, None]",
-        "tests/layers/test_routed_experts.py::test_calibration_covers_what_each_expert_saw",
-    ),
-    # kernels: the CPU's own
-    Mutant(
-        "nibbles of a packed row exchanged",
-        "layouts/rows.py",
-        "permute(0, 2, 3, 1, 5, 4)",
-        "permute(0, 2, 3, 1, 5, 4).flip(-1)",
-        "tests/layouts/test_rows.py::test_golden_bytes",
-    ),
-    Mutant(
-        "C++: low and high nibbles exchanged",
-        "kernels/cpu/csrc/dot.h",
-        "w[2 * j][v].of[i] = kTable.of[both & 15];",
-        "w[2 * j][v].of[i] = kTable.of[both >> 4];",
-        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
-    ),
-    Mutant(
-        "C++: the first token's amax for all",
-        "kernels/cpu/csrc/enter.h",
-        "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, source,",
-        "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, 0,",
-        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
-    ),
-    Mutant(
-        "C++: up clamped on one side",
-        "kernels/cpu/csrc/vector.h",
-        "up = up < -limit ? splat(-limit) : up;",
+        "streaming: the expert at hand is kept while the next is made",
+        "layers/streaming.py",
+        "            self._current = ()  # type: ignore[assignment]  # forgotten before the next one is made\n",
         "",
-        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+        "tests/layers/test_routed_experts.py::test_an_expert_is_forgotten_before_the_next_is_made",
     ),
     Mutant(
-        "C++: gate's global scale used for up",
-        "kernels/cpu/csrc/tier.cpp",
-        "scale[r] = weight_scale(piece, r, v, half.global_scales[r]);",
-        "scale[r] = weight_scale(piece, r, v, half.global_scales[0]);",
-        "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+        "streaming: gate and up under scales of their own",
+        "layers/streaming.py",
+        "joint = joint_amax(gate, up)",
+        "joint_amax(gate, up)",
+        "tests/layers/test_routed_experts.py::test_from_lists_and_stacks_and_floating_weights",
     ),
     Mutant(
-        "C++, routed: every expert has the first one's static scales",
-        "kernels/cpu/csrc/routed_experts.cpp",
-        "return of_all ? of_all + expert : nullptr;",
-        "return of_all;",
-        "tests/kernels/test_routed_experts.py::test_cpu_to_the_bit",
+        "loading: a share of a layer asks only itself for its mode",
+        "checkpoints/load.py",
+        "_has_input_scales(checkpoint.routed_experts(layer))",
+        "_has_input_scales(entries)",
+        "tests/checkpoints/test_load_moe.py::test_shares_of_a_layer_have_one_mode",
     ),
     Mutant(
-        "C++, routed: slots are added from the last to the first",
-        "kernels/cpu/csrc/tier.cpp",
-        "for (int64_t slot = t * sum.top_k; slot < (t + 1) * sum.top_k; ++slot) {",
-        "for (int64_t slot = (t + 1) * sum.top_k - 1; slot >= t * sum.top_k; --slot) {",
-        "tests/kernels/test_routed_experts.py::test_slots_are_added_in_ascending_order",
+        "loading: every model weighs as DeepSeek-V4 does",
+        "checkpoints/load.py",
+        'in (None, "deepseek_v4") else "after_down"',
+        'in (None, "deepseek_v4") else "before_down"',
+        "tests/checkpoints/test_load_moe.py::test_weighting_is_that_of_the_models_own_code",
     ),
     Mutant(
-        "C++, routed: rows of a later batch are taken from the first",
-        "kernels/cpu/csrc/routed_experts.cpp",
-        "h_values + b.first * r.h_bytes(), scales + b.first};",
-        "h_values + (b.first - first) * r.h_bytes(), scales + b.first};",
-        "tests/kernels/test_cpu_routed.py::test_more_rows_than_a_batch",
+        "loading: to keep a shared expert is to quantise it",
+        "checkpoints/load.py",
+        'if shared == "keep" and not is_fp4(entry):',
+        'if shared == "keep" and is_fp4(entry) is None:',
+        "tests/checkpoints/test_load_moe.py::test_a_hybrid_block_is_its_parts",
     ),
     Mutant(
-        "an edited checkout runs old code",
-        "kernels/native.py",
-        "if expected is not None and library.source_digest != expected:",
-        "if expected is None:",
-        "tests/kernels/test_cpu.py::test_a_library_of_other_sources_is_not_run",
-    ),
-    # kernels: Blackwell's sum
-    Mutant(
-        "exact: to nearest, not toward zero",
-        "kernels/exact/rule.py",
-        "(terms / grid).trunc().sum(0)",
-        "(terms / grid).round().sum(0)",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
-    ),
-    Mutant(
-        "exact: 34 fractional bits",
-        "kernels/exact/rule.py",
-        "FRACTION_BITS = 35",
-        "FRACTION_BITS = 34",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
-    ),
-    Mutant(
-        "exact: the sum so far is not cut",
-        "kernels/exact/rule.py",
-        "(sums / grid).trunc()",
-        "(sums / grid)",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
-    ),
-    Mutant(
-        "exact: the sum so far has no say in the grid",
-        "kernels/exact/rule.py",
-        "torch.maximum(powers.amax(0), _power(sums))",
-        "powers.amax(0)",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
-    ),
-    Mutant(
-        "exact: a sum rounded to fp32",
-        "kernels/exact/rule.py",
-        "sums = _cut_to_fp32(total * grid + 0.0)",
-        "sums = (total * grid + 0.0).float()",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
-    ),
-    Mutant(
-        "exact: scales have signs",
-        "kernels/exact/rule.py",
-        "pad(scale_bytes & 0x7F, (0, missing))",
-        "pad(scale_bytes, (0, missing))",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
-    ),
-    Mutant(
-        "exact: auto takes it",
-        "kernels/dispatch.py",
-        "BACKENDS = tuple(_MODULES)\n",
-        'BACKENDS = (*_MODULES, "exact")\n',
-        "tests/kernels/test_dispatch.py::test_auto_never_takes_what_must_be_asked_for",
-    ),
-    Mutant(
-        "C++ exact: to nearest, not toward zero",
-        "kernels/cpu/csrc/exact.h",
-        "nearest > magnitude ? nearest - grid : nearest",
-        "nearest",
-        "tests/kernels/test_exact.py::test_figures_worked_by_hand",
+        "FP8 rows decoded as if they began a block",
+        "formats/fp8_block.py",
+        "first, last = start // height, -(-stop // height)",
+        "first, last = start // height + (start % height > 0), -(-stop // height)",
+        "tests/formats/test_fp8_block.py::test_rows_are_those_of_the_whole_wherever_blocks_begin",
     ),
     # layers
     Mutant(
@@ -429,28 +219,6 @@ MUTANTS = (
         "self.shared(x.float())",
         "self.shared(x)",
         "tests/layers/test_moe.py::test_routed_and_shared_are_added_in_fp32_and_rounded_once",
-    ),
-    # kernels: configurations of the Hopper GEMM
-    Mutant(
-        "a configuration for each number of tokens",
-        "kernels/sm90/choice.py",
-        "_choose(hidden, intermediate, range_limit(tokens), target)",
-        "_choose(hidden, intermediate, tokens, target)",
-        "tests/kernels/test_sm90_choice.py::test_a_choice_is_a_function_of_the_range",
-    ),
-    Mutant(
-        "a table's configurations taken on trust",
-        "kernels/sm90/table.py",
-        "self.require(reason is None, place,",
-        "self.require(True, place,",
-        "tests/kernels/test_sm90_choice.py::test_each_fault_of_a_table_is_named",
-    ),
-    Mutant(
-        "a wrong candidate timed",
-        "diagnostics/tune/search.py",
-        "if errors[0] <= REFERENCE_BOUND and errors[1] <= CANDIDATE_BOUND:",
-        "if errors[0] <= REFERENCE_BOUND or errors[1] <= CANDIDATE_BOUND:",
-        "tests/cli/test_tune.py::test_wrong_candidates_cannot_win_and_are_told",
     ),
     # bench
     Mutant(
@@ -502,5 +270,27 @@ MUTANTS = (
         "for p in (source, partner) if p is not None)",
         "for p in (source,) if p is not None)",
         "tests/checkpoints/test_convert.py::test_scaled_weights_become_what_quantize_makes_of_the_whole",
+    ),
+    # integrations
+    Mutant(
+        "scalars of a checkpoint made anew when it is saved",
+        "integrations/transformers/saving.py",
+        "scalars = dict(stored.scalars)",
+        "scalars: dict[str, Tensor] = {}",
+        "tests/integrations/test_from_pretrained.py::test_load_evaluate_generate_save[modelopt]",
+    ),
+    Mutant(
+        "unexpected tensors ignored in layers that have none of ours",
+        "integrations/transformers/source.py",
+        'f"(?:{of_layers})"',
+        'r"\\d+"',
+        "tests/integrations/test_from_pretrained.py::test_what_neither_side_takes_is_still_unexpected",
+    ),
+    Mutant(
+        "experts of parameters that have been written to since",
+        "integrations/transformers/implementation.py",
+        "parameter is known() and _state_of(parameter) == state",
+        "parameter is known()",
+        "tests/integrations/test_implementation.py::test_weights_are_quantised_once_and_anew_when_they_change",
     ),
 )

@@ -63,6 +63,7 @@ def convert(
     *,
     dialect: str = "modelopt",
     experts: str = "shared",
+    shared: str = "nvfp4",
     recipe: str = "modelopt",
     separate_scales: bool = False,
     input_scales: InputScales | None = None,
@@ -75,6 +76,8 @@ def convert(
         dst: a directory that does not exist; appears when it is finished.
         dialect: "modelopt" or "compressed-tensors".
         experts: "shared", "routed" or "all".
+        shared: "nvfp4", or "keep" to leave shared experts as they are whatever `experts` says. With experts="all", the
+            output is then a hybrid as NVIDIA's exports of DeepSeek V4 are.
         recipe: how scales are chosen where values are rounded (bf16, fp16, fp32, FP8); see `formats.recipes`.
         separate_scales: give gate and up their own global scale; default one for both.
         input_scales: {layer: (input_scale, hidden_scale)} of shared experts, decode direction.
@@ -84,7 +87,7 @@ def convert(
         ConversionReport.
 
     Raises:
-        InputError: an unknown dialect, experts or recipe.
+        InputError: an unknown dialect, experts, shared or recipe; experts and shared that leave nothing.
         OutputExistsError, OutputInsideSourceError, ConversionRunningError, DiskFullError: the destination.
         NothingToConvertError, MixedOutputError, InputScalesError, NonFiniteWeightError, InexactCastError: the request.
         Any error of `open_checkpoint` and `ExpertEntry.check`: the source.
@@ -95,7 +98,7 @@ def convert(
 
     Cost: reads a converted weight twice (MXFP4 four times), everything else once; writes once.
     """
-    options = Options(dialect, experts, recipe, separate_scales, input_scales or {})
+    options = Options(dialect, experts, recipe, separate_scales, input_scales or {}, shared)
     target = Path(dst)
     _check_target(target)
     checkpoint = open_checkpoint(src)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import (
     AmbiguousCheckpointError,
@@ -96,6 +96,45 @@ def parse_name(name: str) -> ExpertName | None:
             index = None if match[2] is None else int(match[2])
             return ExpertName(match[0], int(match[1]), index, naming.projections[word], word, suffix)
     return None
+
+
+_MTP = re.compile(rf"(?:model\.)?mtp\.{NUMBER}(?=\.)")
+
+
+def parse_mtp_name(name: str) -> ExpertName | None:
+    """As `parse_name`, of `mtp.N.`: the parts of `layers.N.`, under the tensor's own prefix; None for other tensors."""
+    match = _MTP.match(name)
+    parts = parse_name(f"layers.{match[1]}{name[match.end() :]}") if match else None
+    if match is None or parts is None:
+        return None
+    return replace(parts, prefix=match[0] + parts.prefix.removeprefix(f"layers.{match[1]}"))
+
+
+_ROUTER = re.compile(rf"(?:model\.)?(?:language_model\.)?layers\.{NUMBER}\.(?:ffn|mlp)\.gate\.(\w+)")
+_INTEGERS, _FLOATING = ("I64", "I32"), ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class RouterRole:
+    """One tensor of a router: what it is, the suffixes it goes by, and the dtypes it may have."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+
+ROUTER_ROLES = (
+    RouterRole("weight", ("weight",), _FLOATING),
+    RouterRole("bias", ("bias", "e_score_correction_bias"), _FLOATING),
+    RouterRole("tid2eid", ("tid2eid",), _INTEGERS),
+)
+
+
+def parse_router_name(name: str) -> tuple[int, RouterRole] | None:
+    """(layer, role) of a router's tensor; None for every other tensor."""
+    match = _ROUTER.fullmatch(name)
+    roles = [role for role in ROUTER_ROLES if match is not None and match[2] in role.suffixes]
+    return (int(match[1]), roles[0]) if match is not None and roles else None
 
 
 # --- formats ----------------------------------------------------------------------------------------------

@@ -112,6 +112,14 @@ class WrongShapeError(CheckpointError):
     """A tensor whose shape does not fit the weight it belongs to."""
 
 
+class UnsupportedRouterError(CheckpointError):
+    """A router whose choice this package does not know how to make."""
+
+
+class InvalidRouterError(CheckpointError):
+    """A router's table that names experts the layer does not have."""
+
+
 class MissingExpertError(CheckpointError):
     """A layer or expert asked for that the checkpoint does not have."""
 

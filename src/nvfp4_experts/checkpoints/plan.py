@@ -23,6 +23,13 @@ from .reader import SINGLE_FILE, Checkpoint, ExpertEntry
 from .safetensors_file import TensorInfo, TensorSpec
 
 EXPERTS = ("shared", "routed", "all")
+SHARED = ("nvfp4", "keep")
+
+
+def check_shared(shared: str) -> None:
+    """Raise InputError for what is no way to treat shared experts."""
+    if shared not in SHARED:
+        raise InputError("shared", f"must be one of {', '.join(SHARED)}", repr(shared), "pick one of them")
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,23 @@ class Options:
     recipe: str
     separate_scales: bool
     input_scales: InputScales
+    shared: str = "nvfp4"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of experts that are converted."""
+        kinds = ("shared", "routed") if self.experts == "all" else (self.experts,)
+        return tuple(kind for kind in kinds if kind != "shared" or self.shared != "keep")
 
     def __post_init__(self) -> None:
+        check_shared(self.shared)
         for name, allowed in (("dialect", OUTPUT_DIALECTS), ("experts", EXPERTS), ("recipe", RECIPES)):
             if getattr(self, name) not in allowed:
                 rule, got = f"must be one of {', '.join(allowed)}", repr(getattr(self, name))
                 raise InputError(name, rule, got, "pick one of them")
+        if not self.kinds:
+            what, rule = "experts='shared' and shared='keep'", "must leave something to convert"
+            raise InputError(what, rule, "nothing", "choose experts='all' or 'routed'")
         object.__setattr__(self, "input_scales", check_input_scales("input_scales", self.input_scales))
 
 
@@ -104,7 +122,7 @@ def make_plan(checkpoint: Checkpoint, options: Options, other_files: Sequence[st
     """The plan of a conversion; `other_files` of the source are those that will be copied as they are.
 
     Raises:
-        InputScalesError: scales for a layer without a shared expert, or given with experts="routed".
+        InputScalesError: scales for a layer without a shared expert, or where shared experts are not converted.
         NothingToConvertError: no expert of the kind asked for, or each is already what was asked for.
         WrongShapeError: a K that is not a multiple of 16.
         Any problem of a selected expert, as `ExpertEntry.check` raises it.
@@ -113,12 +131,13 @@ def make_plan(checkpoint: Checkpoint, options: Options, other_files: Sequence[st
     if unknown := sorted(scales.keys() - set(checkpoint.layers)):
         rule = f"layers with a shared expert are {checkpoint.layers}"
         raise InputScalesError("input_scales", rule, f"layers {unknown}", "calibrate this checkpoint")
-    if scales and options.experts == "routed":
-        raise InputScalesError("input_scales", "belong to shared experts", "experts='routed'", "convert the shared too")
-    entries = [e.check() for e in checkpoint.experts if options.experts in ("all", e.kind)]
+    if scales and "shared" not in options.kinds:
+        got = f"{options.kinds[0]} experts alone"
+        raise InputScalesError("input_scales", "belong to shared experts", got, "convert the shared too")
+    entries = [e.check() for e in checkpoint.experts if e.kind in options.kinds]
     weights = [weight for entry in entries for weight in _plan_expert(entry, options, scales)]
     if not weights:
-        rule = f"{options.experts} experts that are not yet NVFP4 in the {options.dialect} dialect"
+        rule = f"{' and '.join(options.kinds)} experts that are not yet NVFP4 in the {options.dialect} dialect"
         raise NothingToConvertError(
             str(checkpoint.path), rule, f"none of {len(entries)}", "choose other experts or dialect"
         )

@@ -35,6 +35,7 @@ _DEEPSEEK_SCALES = {role.suffix for lay in LAYOUTS if lay.dialect == "deepseek" 
 _NVFP4_ONLY = {role.suffix for lay in NVFP4_LAYOUTS.values() for role in lay.roles.values()} - {"weight"}
 _FLOATING = {"F32", "F16", "BF16", "F64"}
 _KEPT = ("kv_cache_scheme", "kv_cache_quant_algo")
+PRODUCER = "nvfp4-experts"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def build_configs(
         tensors: every tensor of the output. recipe: noted, so that the bytes can be made again.
     """
     modules = sort_modules(tensors, dialect)
-    producer = {"name": "nvfp4-experts", "version": __version__, "recipe": recipe}
+    producer = {"name": PRODUCER, "version": __version__, "recipe": recipe}
     ignore = patterns(modules.deepseek + modules.plain, modules.nvfp4)
     described = _modelopt(modules, ignore) if dialect == "modelopt" else _compressed_tensors(modules, ignore)
     described |= {key: declared[key] for key in _KEPT if declared.get(key) is not None} | {"producer": producer}

@@ -16,13 +16,24 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dialects import PROJECTIONS, Block, ExpertName, Projection, parse_name, recognize
+from .dialects import (
+    PROJECTIONS,
+    Block,
+    ExpertName,
+    Projection,
+    RouterRole,
+    parse_mtp_name,
+    parse_name,
+    parse_router_name,
+    recognize,
+)
 from .errors import (
     AmbiguousCheckpointError,
     CheckpointError,
@@ -118,10 +129,15 @@ class Checkpoint:
             )
         return declared
 
+    def setting(self, key: str) -> Any:
+        """A setting of the language model: at the top of config.json, or in its `text_config`; None if it is absent."""
+        nested = self.config.get("text_config")
+        return self.config.get(key, nested.get(key) if isinstance(nested, dict) else None)
+
     @cached_property
     def swiglu_limit(self) -> float | None:
         """The clamp of gate and up in config.json; None where it is absent, null or 0 (off)."""
-        limit = _setting(self.config, "swiglu_limit")
+        limit = self.setting("swiglu_limit")
         if limit is None or limit == 0:
             return None
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= _FP32_MAX:
@@ -131,9 +147,33 @@ class Checkpoint:
         return float(limit)
 
     @cached_property
+    def declared_block(self) -> Block | None:
+        """The FP8 block of config.json (`weight_block_size`); None where it says nothing."""
+        return _declared_block(self)
+
+    @cached_property
     def experts(self) -> list[ExpertEntry]:
         """Every expert the names tell of, by layer, the shared one first. MTP layers are not among them."""
+        return self._all_experts[0]
+
+    @cached_property
+    def mtp_experts(self) -> list[ExpertEntry]:
+        """Experts of layers that predict further tokens: `mtp.N.*`, or beyond the last layer. Nothing runs them."""
+        return self._all_experts[1]
+
+    @cached_property
+    def _all_experts(self) -> tuple[list[ExpertEntry], list[ExpertEntry]]:
         return _find_experts(self)
+
+    @cached_property
+    def routers(self) -> dict[int, list[tuple[RouterRole, TensorInfo]]]:
+        """The tensors of each layer's router, by layer, as the names tell."""
+        found: dict[int, list[tuple[RouterRole, TensorInfo]]] = defaultdict(list)
+        for name, info in self.tensors.items():
+            parts = parse_router_name(name)
+            if parts is not None:
+                found[parts[0]].append((parts[1], info))
+        return dict(found)
 
     @cached_property
     def problems(self) -> list[CheckpointError]:
@@ -155,6 +195,24 @@ class Checkpoint:
             return found[0].check()
         rule = f"layers with a shared expert are {self.layers or 'none'}"
         raise MissingExpertError(f"shared expert of layer {layer}", rule, f"layer {layer}", "choose one of these")
+
+    def routed_experts(self, layer: int) -> list[ExpertEntry]:
+        """The routed experts of a layer by number, well formed or not.
+
+        Raises:
+            MissingExpertError: there is none.
+            AmbiguousCheckpointError: two have one number.
+        """
+        found = [entry for entry in self.experts if entry.layer == layer and entry.kind == "routed"]
+        for one, next_one in pairwise(found):
+            if one.index == next_one.index:
+                rule, got = "must have one expert of a number", f"{one.prefix} and {next_one.prefix}"
+                raise AmbiguousCheckpointError(f"layer {layer}", rule, got, "remove the tensors of one")
+        if not found:
+            layers = sorted({entry.layer for entry in self.experts if entry.kind == "routed"})
+            rule = f"layers with routed experts are {layers or 'none'}"
+            raise MissingExpertError(f"routed experts of layer {layer}", rule, f"layer {layer}", "choose one of these")
+        return found
 
     @cached_property
     def dialect(self) -> str:
@@ -282,12 +340,6 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
     return parse_json(name, read_bounded(safe_path(directory, name)), InvalidConfigError)
 
 
-def _setting(config: dict[str, Any], key: str) -> Any:
-    """A setting of the language model: at the top of config.json, or in its `text_config`."""
-    nested = config.get("text_config")
-    return config.get(key, nested.get(key) if isinstance(nested, dict) else None)
-
-
 # --- experts ----------------------------------------------------------------------------------------------
 
 
@@ -300,20 +352,34 @@ def _declared_block(checkpoint: Checkpoint) -> Block | None:
     return (block[0], block[1])
 
 
-def _find_experts(checkpoint: Checkpoint) -> list[ExpertEntry]:
+def _find_experts(checkpoint: Checkpoint) -> tuple[list[ExpertEntry], list[ExpertEntry]]:
+    """The experts of the layers, and those of MTP layers."""
     block = _declared_block(checkpoint)
-    layers = _setting(checkpoint.config, "num_hidden_layers")
-    grouped: dict[str, list[tuple[ExpertName, TensorInfo]]] = defaultdict(list)
+    layers = checkpoint.setting("num_hidden_layers")
+    grouped: tuple[dict[str, list[tuple[ExpertName, TensorInfo]]], ...] = defaultdict(list), defaultdict(list)
     for name, info in checkpoint.tensors.items():
         parts = parse_name(name)
-        if parts is not None and not (isinstance(layers, int) and parts.layer >= layers):  # beyond the last: MTP layers
-            grouped[parts.prefix].append((parts, info))
-    entries = [_make_entry(checkpoint, prefix, members, block) for prefix, members in grouped.items()]
-    return sorted(entries, key=lambda entry: (entry.layer, entry.kind == "routed", entry.index or 0))
+        is_mtp = parts is None or (isinstance(layers, int) and parts.layer >= layers)
+        parts = parts or parse_mtp_name(name)
+        if parts is not None:
+            grouped[is_mtp][parts.prefix].append((parts, info))
+    own, mtp = (
+        [_make_entry(checkpoint, prefix, members, block, bool(is_mtp)) for prefix, members in group.items()]
+        for is_mtp, group in enumerate(grouped)
+    )
+    return sorted(own, key=_order), sorted(mtp, key=_order)
+
+
+def _order(entry: ExpertEntry) -> tuple[int, bool, int]:
+    return entry.layer, entry.kind == "routed", entry.index or 0
 
 
 def _make_entry(
-    checkpoint: Checkpoint, prefix: str, members: Iterable[tuple[ExpertName, TensorInfo]], block: Block | None
+    checkpoint: Checkpoint,
+    prefix: str,
+    members: Iterable[tuple[ExpertName, TensorInfo]],
+    block: Block | None,
+    is_mtp: bool,
 ) -> ExpertEntry:
     modules: dict[tuple[str, str], dict[str, TensorInfo]] = defaultdict(dict)
     for parts, info in members:
@@ -334,6 +400,8 @@ def _make_entry(
             )
     if not problems:
         problems.extend(_disagreements(checkpoint, prefix, projections))
+        if parts.index is not None and not is_mtp:
+            problems.extend(_not_as_declared(checkpoint, projections))
     ordered = {name: projections[name] for name in PROJECTIONS if name in projections}
     kind = "shared" if parts.index is None else "routed"
     return ExpertEntry(parts.layer, kind, parts.index, prefix, ordered, tuple(problems))
@@ -344,7 +412,7 @@ def _disagreements(
 ) -> Iterable[CheckpointError]:
     """Shapes of gate, up and down that do not fit each other, or the config's hidden size and dialect."""
     gate, up, down = (projections[name].shape for name in PROJECTIONS)
-    hidden = _setting(checkpoint.config, "hidden_size")
+    hidden = checkpoint.setting("hidden_size")
     if not gate == up == down[::-1]:
         rule, got = "gate and up must be (I, H) and down (H, I)", f"gate {gate}, up {up}, down {down}"
         yield WrongShapeError(prefix, rule, got, "a shard of another model, or exchanged projections")
@@ -360,3 +428,12 @@ def _disagreements(
         ):
             rule, got = f"quant_method of the config is {declared}", f"tensors of {projection.dialect}"
             yield ConfigMismatchError(projection.prefix, rule, got, "correct quantization_config, or export again")
+
+
+def _not_as_declared(checkpoint: Checkpoint, projections: dict[str, Projection]) -> Iterable[CheckpointError]:
+    """Routed experts that are not what `moe_quant_algo` says; it goes before `expert_dtype`, which exports leave be."""
+    for projection in projections.values():
+        if checkpoint.quantization.get("moe_quant_algo") == "NVFP4" and projection.format != "nvfp4":
+            rule, got = "moe_quant_algo of the config is NVFP4", f"tensors of {projection.dialect} {projection.format}"
+            way_out = "fetch the export's own shard, or remove moe_quant_algo from quantization_config"
+            yield ConfigMismatchError(projection.prefix, rule, got, way_out)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,7 @@ from .options import AsJson, Layers
 
 if TYPE_CHECKING:
     from ..diagnostics.anomalies import Anomaly
+    from ..diagnostics.blocks import BlockFormats
     from ..diagnostics.capabilities import Ability, Capabilities
     from ..diagnostics.inspect import Group, InspectionReport
 
@@ -96,6 +98,7 @@ def _print(report: InspectionReport) -> None:
             )
         )
         _print_groups(out, report.groups)
+        _print_blocks(out, report.blocks)
     _print_anomalies(out, report.anomalies)
 
 
@@ -122,6 +125,18 @@ def _print_groups(out: Console, groups: list[Group]) -> None:
             f"{group.input_scales}/{modules}" if group.format == "nvfp4" else "–",
         )
     out.print(table)
+
+
+def _print_blocks(out: Console, blocks: list[BlockFormats]) -> None:
+    """One line for layers in a row that are alike."""
+    columns = ("layers", "routed experts", "shared expert", "with --shared nvfp4", "with --shared keep")
+    table = render.table("what is stored, and what loading makes of it", columns, ())
+    for _, alike in groupby(blocks, key=lambda block: (block.is_mtp, block.formats)):
+        first, *rest = alike
+        layers = f"{first.layer}…{rest[-1].layer}" if rest else f"{first.layer}"
+        table.add_row(f"mtp {layers}" if first.is_mtp else layers, *(text or "–" for text in first.formats))
+    if blocks:
+        out.print(table)
 
 
 def _print_anomalies(out: Console, anomalies: list[Anomaly]) -> None:

@@ -14,6 +14,7 @@ from ..errors import InputError
 
 Dialect = Literal["modelopt", "compressed-tensors"]
 Experts = Literal["shared", "routed", "all"]
+Shared = Literal["nvfp4", "keep"]
 Recipe = Literal["modelopt", "torchao", "compressed-tensors", "kernel"]
 Activations = Literal["auto", "nvfp4", "fp8", "bf16"]
 ActivationScale = Literal["static", "dynamic", "per_token"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import render
-from .options import AsJson, Dialect, Experts, Recipe
+from .options import AsJson, Dialect, Experts, Recipe, Shared
 
 if TYPE_CHECKING:
     from ..checkpoints.convert import ConversionReport
@@ -34,6 +34,9 @@ def command(
     ],
     dialect: Annotated[Dialect, typer.Option(help="How the NVFP4 tensors are named and scaled.")] = "modelopt",
     experts: Annotated[Experts, typer.Option(help="Which experts to convert.")] = "shared",
+    shared: Annotated[
+        Shared, typer.Option(help="keep: leave shared experts as they are, whatever --experts says.")
+    ] = "nvfp4",
     recipe: Annotated[
         Recipe, typer.Option(help="How scales are chosen. MXFP4 is cast exactly whatever it is.")
     ] = "modelopt",
@@ -53,6 +56,7 @@ def command(
     options: dict[str, Any] = {
         "dialect": dialect,
         "experts": experts,
+        "shared": shared,
         "recipe": recipe,
         "separate_scales": separate_scales,
         "input_scales": {} if input_scales is None else load_input_scales(input_scales),

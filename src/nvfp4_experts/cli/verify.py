@@ -12,9 +12,10 @@ from rich.console import Console
 
 from ..errors import InputError
 from . import render
+from .blocks import print_blocks
 from .exactness import print_exactness
 from .files import check_outputs, whole_file
-from .options import AsJson, Backend, Checkpoint, Device, Experts, Force, Layers, Recipe
+from .options import AsJson, Backend, Checkpoint, Device, Experts, Force, Layers, Recipe, Shared
 
 if TYPE_CHECKING:
     from ..diagnostics.exactness import ExactnessReport
@@ -42,6 +43,14 @@ def command(
         typer.Option("--exact", help="Instead: --backend against backend exact, bit for bit, with nvfp4 activations."),
     ] = False,
     layer: Layers = None,
+    moe: Annotated[
+        bool,
+        typer.Option("--moe", help="Compare whole blocks instead: routes, and outputs of all experts together."),
+    ] = False,
+    shared: Annotated[
+        Shared | None,
+        typer.Option(help="With --moe: how CKPT's shared experts run, see `run`.", show_default="nvfp4"),
+    ] = None,
     experts: Annotated[Experts, typer.Option(help="Which experts to compare.")] = "shared",
     sample: Annotated[
         int | None, typer.Option(min=1, help="At most so many routed experts per layer.", show_default="all")
@@ -85,32 +94,39 @@ def command(
         got = "--recipe" if picture is None else "--picture"
         raise InputError("verify --exact", "compares a backend's outputs, and draws nothing", got, "leave it out")
 
+    if moe:
+        _check_moe({"--exact": exact, "--recipe": recipe, "--picture": picture, "--sample": sample,
+            "--experts": experts != "shared"})  # fmt: skip
+    elif shared is not None:
+        raise InputError("--shared", "goes with --moe", "no --moe", "add it")
+
     from ..diagnostics.exactness import verify_exact
     from ..diagnostics.hidden_states import load_hidden_states
     from ..diagnostics.picture import draw
     from ..diagnostics.plotting import check_plotting
     from ..diagnostics.verify import VerificationReport, verify_checkpoint
+    from ..diagnostics.verify_blocks import BlocksReport, verify_blocks
 
     if picture is not None:
         check_plotting()
     common: dict[str, Any] = {
         "layers": layer or None,
-        "experts": experts,
-        "sample": sample,
         "hidden_states": load_hidden_states(input, tensor) if input else None,
         "tokens": tokens,
         "seed": seed,
         "device": device,
         "backend": backend,
     }
-    found: VerificationReport | ExactnessReport
+    selected: dict[str, Any] = {"experts": experts, "sample": sample}
+    found: VerificationReport | ExactnessReport | BlocksReport
     with render.progress(as_json, in_bytes=False) as progress:
+        common["progress"] = progress
         if against is None:
-            found = verify_exact(checkpoint, **common, min_equal=min_equal, progress=progress)
+            found = verify_exact(checkpoint, **common, **selected, min_equal=min_equal)
+        elif moe:
+            found = verify_blocks(checkpoint, against, **common, shared=shared or "nvfp4", max_error=max_error)
         else:
-            found = verify_checkpoint(
-                checkpoint, against, **common, recipe=recipe, max_error=max_error, progress=progress
-            )
+            found = verify_checkpoint(checkpoint, against, **common, **selected, recipe=recipe, max_error=max_error)
     if input is not None:
         found = replace(found, hidden_states=str(input))
     if report is not None:
@@ -123,10 +139,18 @@ def command(
         render.print_json(found.to_dict())
     elif isinstance(found, VerificationReport):
         _print(found)
+    elif isinstance(found, BlocksReport):
+        print_blocks(found)
     else:
         print_exactness(found)
     if not found.passed:
         raise typer.Exit(1)
+
+
+def _check_moe(options: dict[str, object]) -> None:
+    """--moe compares all experts of a layer together: what chooses among them, or draws them, has no place there."""
+    if given := [name for name, value in options.items() if value]:
+        raise InputError("verify --moe", "compares the outputs of whole blocks", given[0], "leave it out")
 
 
 def _print(report: VerificationReport) -> None:

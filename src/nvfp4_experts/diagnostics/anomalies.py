@@ -180,9 +180,7 @@ def _missing_expert(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
     found: dict[int, set[int | None]] = defaultdict(set)
     for entry in checkpoint.experts:
         found[entry.layer].add(entry.index)
-    nested = checkpoint.config.get("text_config")
-    config = {**checkpoint.config, **(nested if isinstance(nested, dict) else {})}
-    declared = config.get("n_routed_experts")
+    declared = checkpoint.setting("n_routed_experts")
     for layer, indices in sorted(found.items()):
         routed = {index for index in indices if index is not None}
         expected = declared if isinstance(declared, int) else max(routed, default=-1) + 1
@@ -190,7 +188,7 @@ def _missing_expert(checkpoint: Checkpoint) -> Iterator[tuple[str, str]]:
         if routed and missing > 0:
             first = next(index for index in count() if index not in routed)
             yield f"layer {layer}", f"{missing} of {expected} routed experts are missing, first {first}"
-        if None not in indices and config.get("n_shared_experts"):
+        if None not in indices and checkpoint.setting("n_shared_experts"):
             yield f"layer {layer}", "the shared expert is missing"
 
 

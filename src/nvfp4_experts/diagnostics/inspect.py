@@ -20,6 +20,7 @@ from ..checkpoints.errors import HubError, NotACheckpointError
 from ..checkpoints.reader import Checkpoint, ExpertEntry, open_checkpoint
 from ..errors import CheckpointError, InputError
 from .anomalies import CHECKPOINT_RULES, EXPERT_RULES, MODULE_RULES, SEVERITIES, Anomaly, from_error
+from .blocks import BlockFormats, block_formats
 from .facts import ModuleFacts, gather
 
 ProgressCallback = Callable[[int, int, str], None]
@@ -60,6 +61,7 @@ class InspectionReport:
     nbytes: int = 0
     expert_bytes: int = 0
     dtypes: dict[str, int] = field(default_factory=dict)
+    blocks: list[BlockFormats] = field(default_factory=list)
     modules: list[ModuleFacts] = field(default_factory=list)
     anomalies: list[Anomaly] = field(default_factory=list)
 
@@ -80,6 +82,7 @@ class InspectionReport:
         return {
             "path": self.path, "dialect": self.dialect, "swiglu_limit": self.swiglu_limit, "shards": self.shards,
             "tensors": self.tensors, "nbytes": self.nbytes, "expert_bytes": self.expert_bytes, "dtypes": self.dtypes,
+            "blocks": [block.to_dict() for block in self.blocks],
             "groups": [group.to_dict() for group in self.groups],
             "modules": [module.to_dict() for module in self.modules],
             "anomalies": [anomaly.to_dict() for anomaly in self.anomalies],
@@ -131,6 +134,7 @@ def inspect_checkpoint(
         nbytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         expert_bytes=sum(module.nbytes for module in modules),
         dtypes=_bytes_by_dtype(checkpoint),
+        blocks=block_formats(checkpoint, layers),
         modules=modules,
         anomalies=sorted(anomalies, key=lambda anomaly: SEVERITIES.index(anomaly.severity)),
     )

@@ -72,15 +72,29 @@ class Fp8BlockTensor:
         """(N, K) values: one fp32 product each (exact for e8m0 scales inside fp32's range), then one cast to `dtype`.
 
         Numerics: NaN values (0x7F, 0xFF) and NaN scales (e8m0 0xFF) give NaN.
-        Cost: the result, and fp32 temporaries of two block rows (b0 x K), since it goes one row of blocks at a time.
+        Cost: the result, and an fp32 temporary of a block row (b0 x K), since it goes one row of blocks at a time.
         """
-        rows, columns = self.block
-        scales = decode_e8m0(self.scales) if self.scales.dtype == torch.uint8 else self.scales
-        out = torch.empty(self.shape, dtype=dtype, device=self.values.device)
-        for i, row_scales in enumerate(scales):
-            band = slice(i * rows, (i + 1) * rows)
-            out[band] = self.values[band].float() * row_scales.repeat_interleave(columns)[: self.shape[1]]
+        return self.dequantize_rows(0, self.shape[0], dtype)
+
+    def dequantize_rows(self, start: int, stop: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows [start, stop) of `dequantize`, wherever blocks begin.
+
+        Numerics: bf16 holds e4m3 times a power of two exactly, down to bf16's smallest.
+        """
+        height, width = self.block
+        first, last = start // height, -(-stop // height)
+        scales = self.scales[first:last]
+        scales = decode_e8m0(scales) if scales.dtype == torch.uint8 else scales
+        out = torch.empty(stop - start, self.shape[1], dtype=dtype, device=self.values.device)
+        for i, row_scales in enumerate(scales, first):
+            low, high = max(start, i * height), min(stop, (i + 1) * height)
+            by_column = row_scales.repeat_interleave(width)[: self.shape[1]]
+            out[low - start : high - start] = self.values[low:high].float().mul_(by_column)
         return out
+
+    def to(self, device: torch.device | str) -> Fp8BlockTensor:
+        """The same tensor on another device."""
+        return Fp8BlockTensor(self.values.to(device), self.scales.to(device), self.block)
 
     def __repr__(self) -> str:
         return f"Fp8BlockTensor(shape={tuple(self.shape)}, block={self.block}, device={str(self.values.device)!r})"

@@ -75,6 +75,10 @@ class Mxfp4Tensor:
         blocks = decode_codes(self.codes).unflatten(-1, (self.scales.shape[-1], MX_BLOCK_SIZE))
         return (blocks * decode_e8m0(self.scales).unsqueeze(-1)).flatten(-2).to(dtype)
 
+    def to(self, device: torch.device | str) -> Mxfp4Tensor:
+        """The same tensor on another device."""
+        return Mxfp4Tensor(self.codes.to(device), self.scales.to(device))
+
     def __repr__(self) -> str:
         return f"Mxfp4Tensor(shape={tuple(self.shape)}, device={str(self.codes.device)!r})"
 

@@ -12,12 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import FormatError
 from .nvfp4 import Nvfp4Tensor
+
+
+class StackLike(Protocol):
+    """What packing asks of a stack: each expert once, in ascending order. It need not hold them all at a time."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the values, (E, N, K)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of every expert."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, expert: int) -> Nvfp4Tensor: ...
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..formats.nvfp4 import Nvfp4Tensor
-from ..formats.stack import Nvfp4Stack
+from ..formats.stack import Nvfp4Stack, StackLike
 from .target import Target
 
 ACTIVATIONS = ("nvfp4", "fp8", "bf16")
@@ -154,8 +154,12 @@ class RoutedBackend(Protocol):
     def refusal(self, problem: Problem) -> str | None:
         """See `Backend`; the problem has experts."""
 
-    def pack(self, gate: Nvfp4Stack, up: Nvfp4Stack, down: Nvfp4Stack) -> dict[str, Tensor]:
-        """See `Backend`."""
+    def pack(self, gate: StackLike, up: StackLike, down: StackLike) -> dict[str, Tensor]:
+        """The packed forms of the experts, stacked: `pack(...)[name][e]` is what one expert e alone is packed into.
+
+        Takes gate[e], up[e] and down[e] once each, e ascending, and holds no expert beyond its packing: the stacks may
+        be read from a disk meanwhile.
+        """
 
     def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Stack, ...]:
         """See `Backend`."""

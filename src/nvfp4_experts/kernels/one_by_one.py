@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.stack import Nvfp4Stack
+from ..formats.stack import Nvfp4Stack, StackLike
 from .dispatch import Backend, Beside, Call, Problem, Routing
 
 
@@ -29,7 +29,7 @@ class StackedExperts:
     def refusal(self, problem: Problem) -> str | None:
         return self.one.refusal(problem)
 
-    def pack(self, gate: Nvfp4Stack, up: Nvfp4Stack, down: Nvfp4Stack) -> dict[str, Tensor]:
+    def pack(self, gate: StackLike, up: StackLike, down: StackLike) -> dict[str, Tensor]:
         stacks: dict[str, Tensor] = {}
         for expert in range(len(gate)):
             for name, tensor in self.one.pack(gate[expert], up[expert], down[expert]).items():
@@ -99,6 +99,7 @@ class OneByOne(StackedExperts):
         """Rows (T, H) fp32 of one expert; h is multiplied by `factors` (T, 1) before it enters, if there are any."""
         raise NotImplementedError
 
+    @torch.no_grad()
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
         (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
         factors = routing.weights.view(-1, 1)

@@ -5,9 +5,11 @@
     shared_expert_out(x, weights, ..., out)      the same into the caller's tensor, which may be fp32
     routed_experts, routed_experts_out           the same with indices and weights of each token
     moe, moe_out                                 routed experts and a shared one, added before the sum is rounded
+    kept_expert(x, weights, block, limit) -> y   a shared expert in FP8 blocks or floating, plain torch on every device
     hidden_states(x, gate, up, limit) -> h       the layer's first half, for calibration; an ordinary function
 
-`weights` are what the named backend's `pack` made, in its order; `reference.py` says what is computed.
+`weights` are what the named backend's `pack` made, in its order (but for kept_expert); `reference.py` says what is
+computed.
 Arguments have been checked by the layer; an op only forwards them to the backend.
 """
 
@@ -19,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..formats.fp8_block import Fp8BlockTensor
 from ..formats.nvfp4 import Nvfp4Tensor
 from . import tiled
 from .dispatch import Beside, Call, Routing, get_backend, get_routed_backend
 
-_CALIBRATION_TILE = 1 << 20
+_TILE = 1 << 20  # values, of ops that run in plain torch
 
 # Registered by hand: what torch.library.custom_op wraps around a function takes longer than the backend of a CPU does
 # to call its kernel. There is no backward.
@@ -185,6 +188,23 @@ def _moe_out(
     get_routed_backend(backend).moe(x, weights, routing, call, beside, out)
 
 
+def _kept_expert(x: Tensor, weights: list[Tensor], block: list[int], swiglu_limit: float) -> Tensor:
+    out = _like_x(x)
+    call = Call(swiglu_limit, "bf16", "dynamic")
+    gate, up, down = kept_weights(weights, block)
+    with torch.no_grad():
+        tiled.shared_expert(x, tiled.stored_tiles(gate, up, down, _TILE), gate.shape[0], call, out)
+    return out
+
+
+def kept_weights(weights: list[Tensor], block: list[int]) -> list[Tensor] | list[Fp8BlockTensor]:
+    """gate, up and down: three floating tensors, or values and scales of three, in blocks of `block`."""
+    if not block:
+        return weights
+    pairs = zip(weights[::2], weights[1::2], strict=True)
+    return [Fp8BlockTensor(values, scales, (block[0], block[1])) for values, scales in pairs]
+
+
 def _like_x(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -196,6 +216,7 @@ routed_experts = _register("routed_experts", _routed_experts, _like_x)
 routed_experts_out = _register("routed_experts_out", _routed_experts_out, lambda *_: None, writes="out")
 moe = _register("moe", _moe, _like_x)
 moe_out = _register("moe_out", _moe_out, lambda *_: None, writes="out")
+kept_expert = _register("kept_expert", _kept_expert, _like_x)
 
 
 def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: float) -> Tensor:
@@ -206,5 +227,5 @@ def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: f
     """
     call = Call(swiglu_limit, "bf16", "dynamic")
     values, scale = tiled.enter(x, call, None)
-    weights = tiled.tiles_of(gate, up, gate, _CALIBRATION_TILE)
+    weights = tiled.tiles_of(gate, up, gate, _TILE)
     return tiled.intermediate(values, scale, weights, gate.shape[0], call, torch.float32)

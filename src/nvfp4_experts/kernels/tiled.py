@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..formats.activations import quantize_activation, quantize_fp8_rows
 from ..formats.codes import decode_blocks
+from ..formats.fp8_block import Fp8BlockTensor
 from ..formats.nvfp4 import Nvfp4Tensor
 from .dispatch import Call
 from .target import target_of
@@ -56,6 +57,28 @@ def tiles_of(gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor, tile_values:
         lambda rows: tile(down, rows),
         (gate.global_scale, up.global_scale, down.global_scale),
         tile_values,
+    )
+
+
+def stored_tiles(
+    gate: Tensor | Fp8BlockTensor, up: Tensor | Fp8BlockTensor, down: Tensor | Fp8BlockTensor, tile_values: int
+) -> TiledWeights:
+    """Floating or FP8 weights as tiles of their exact values.
+
+    Those are operands as others are where bf16 holds them: bf16 weights, and e4m3 times a power of two. fp16, fp32
+    and e4m3 times an fp32 scale are fp32.
+    """
+
+    def tile(w: Tensor | Fp8BlockTensor, rows: slice) -> Tensor:
+        if isinstance(w, Fp8BlockTensor):
+            exact = w.scales.dtype == torch.uint8
+            dtype = operand_dtype(w.values.device) if exact else torch.float32
+            return w.dequantize_rows(rows.start, rows.stop, dtype)
+        return w[rows].to(operand_dtype(w.device) if w.dtype == torch.bfloat16 else torch.float32)
+
+    one = torch.ones((), device=(gate.values if isinstance(gate, Fp8BlockTensor) else gate).device)
+    return TiledWeights(
+        lambda rows: (tile(gate, rows), tile(up, rows)), lambda rows: tile(down, rows), (one, one, one), tile_values
     )
 
 
@@ -142,8 +165,8 @@ def _linear(
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a (T, K) @ b (N, K).T with an fp32 result, never rounded on the way."""
-    if a.dtype == torch.float32:
-        return a @ b.T
+    if torch.float32 in (a.dtype, b.dtype):
+        return a.float() @ b.float().T
     return torch.mm(a, b.T, out_dtype=torch.float32)
 
 

@@ -36,6 +36,7 @@ class TorchBackend(PlainWeights):
         empty = torch.zeros(1, 8, dtype=torch.uint8, device=device)
         decode_blocks(empty, empty[:, :1].view(torch.float8_e4m3fn), tiled.operand_dtype(device))
 
+    @torch.no_grad()
     def shared_expert(self, x: Tensor, weights: list[Tensor], call: Call, out: Tensor) -> None:
         size = weights[0].shape[0] // 2
         gate, up, down = self.unpack(dict(enumerate(weights)), x.shape[1], size)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InputError, LayoutError
 from ..formats.codes import BLOCK_SIZE
 from ..formats.nvfp4 import Nvfp4Tensor
-from ..formats.stack import Nvfp4Stack
+from ..formats.stack import StackLike
 from ..kernels.dispatch import ACTIVATION_SCALES, ACTIVATIONS
 from ..kernels.target import target_of
 
@@ -74,10 +74,10 @@ def checked_scale(
     return tensor.reshape(-1).expand(experts).clone()
 
 
-def check_weights(gate: Nvfp4Tensor | Nvfp4Stack, up: Nvfp4Tensor | Nvfp4Stack, down: Nvfp4Tensor | Nvfp4Stack) -> None:
+def check_weights(gate: Nvfp4Tensor | StackLike, up: Nvfp4Tensor | StackLike, down: Nvfp4Tensor | StackLike) -> None:
     """Shapes that fit together, multiples of 16, one device; of one expert or of stacks."""
     shapes = f"gate {tuple(gate.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
-    lead = "E, " if isinstance(gate, Nvfp4Stack) else ""
+    lead = "" if isinstance(gate, Nvfp4Tensor) else "E, "
     *experts, intermediate, hidden = gate.shape if len(gate.shape) > 1 else (0, 0)
     expected = (*experts, hidden, intermediate)
     fits = len(gate.shape) == (3 if lead else 2) and gate.shape == up.shape and tuple(down.shape) == expected

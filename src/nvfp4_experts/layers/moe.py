@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, LayoutError
 from .checks import check_out
+from .kept_expert import KeptSharedExpert
 from .packed import NoBackward
 from .routed_experts import Nvfp4RoutedExperts
 from .routing import Router
@@ -27,7 +28,7 @@ class Nvfp4MoE(nn.Module):
         router: a `layers.routing.Router`, or any module that gives (indices (..., k), weights (..., k)) for
             (x, token_ids).
         routed: the routed experts; each has its own activation format and so may the shared one.
-        shared: the shared expert, or None. It is added unweighted.
+        shared: the shared expert, in NVFP4 or kept as it is stored, or None. It is added unweighted.
 
     Raises:
         LayoutError: parts for different hidden sizes or numbers of experts.
@@ -38,9 +39,12 @@ class Nvfp4MoE(nn.Module):
     Cost: that of its parts; on a GPU in one launch where tokens are few. Inference only.
     """
 
-    def __init__(self, router: nn.Module, routed: Nvfp4RoutedExperts, shared: Nvfp4SharedExpert | None = None) -> None:
-        self.routed: nn.Module
-        self.shared: nn.Module | None
+    def __init__(
+        self,
+        router: nn.Module,
+        routed: Nvfp4RoutedExperts,
+        shared: Nvfp4SharedExpert | KeptSharedExpert | None = None,
+    ) -> None:
         super().__init__()
         sizes = {"routed": routed.hidden_size}
         if shared is not None:
@@ -78,6 +82,11 @@ class Nvfp4MoE(nn.Module):
         y = self._run(x, token_ids, out)
         wants_grad = out is None and x.requires_grad and torch.is_grad_enabled()
         return NoBackward.apply(y, "mixture of experts", x) if wants_grad else y
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights its experts keep on their device."""
+        return self.routed.resident_bytes + (0 if self.shared is None else self.shared.resident_bytes)
 
     @torch.no_grad()
     def _run(self, x: Tensor, token_ids: Tensor | None, out: Tensor | None) -> Tensor:

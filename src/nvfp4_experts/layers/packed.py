@@ -32,7 +32,7 @@ class PackedModule(nn.Module):
 
     A subclass says what its weights are (`weight_type`), which problem it is (`_problem`), who may run it (`_choose`,
     `_kernels`) and what a static scale looks like (`_checked_scale`); its constructor calls `_set_options`,
-    `_set_activations`, `_set_weights` and `_set_static_scales`, in this order.
+    `_set_activations`, and then `_set_weights` and `_set_static_scales`.
     """
 
     weight_type: type[Nvfp4Tensor] | type[Nvfp4Stack]

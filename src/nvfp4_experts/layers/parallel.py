@@ -265,5 +265,5 @@ def _dispatched(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, combi
     routed = DispatchedOverRanks(share_of(whole, rank, ranks), group, combine=combine)
     if not isinstance(layer, Nvfp4MoE):
         return routed
-    layer.routed = routed
+    layer.routed = routed  # type: ignore[assignment]
     return layer

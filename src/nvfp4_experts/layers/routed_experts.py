@@ -7,15 +7,15 @@ y[t] = sum over s of (h_s * topk_weights[t, s]) @ W2.T   fp32, in ascending orde
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CalibrationError, FormatError
-from ..formats.nvfp4 import Nvfp4Tensor, joint_amax, quantize
-from ..formats.stack import Nvfp4Stack
+from ..errors import CalibrationError, FormatError, LayoutError
+from ..formats.nvfp4 import Nvfp4Tensor
+from ..formats.stack import Nvfp4Stack, StackLike
 from ..kernels import ops
 from ..kernels.dispatch import WEIGHTINGS, Problem, choose_routed_backend, get_routed_backend
 from ..kernels.target import target_of
@@ -31,6 +31,7 @@ from .checks import (
 )
 from .packed import NoBackward, PackedModule
 from .shared_expert import Nvfp4SharedExpert
+from .streaming import ExpertStream, Weight
 
 Weights = Tensor | Nvfp4Stack | Sequence[Nvfp4Tensor]
 
@@ -38,7 +39,8 @@ Weights = Tensor | Nvfp4Stack | Sequence[Nvfp4Tensor]
 class Nvfp4RoutedExperts(PackedModule):
     """E gate/up/down experts with NVFP4 weights, of which each token takes k, weighted.
 
-    Build it with `from_weights`; the constructor takes weights already in NVFP4.
+    Build it with `from_weights` or `from_experts`, or `load_routed_experts`; the constructor takes weights already in
+    NVFP4.
 
     Args:
         gate, up: (E, I, H) NVFP4. Each expert has global scales of its own, and those of its gate and up may differ.
@@ -73,9 +75,9 @@ class Nvfp4RoutedExperts(PackedModule):
 
     def __init__(
         self,
-        gate: Nvfp4Stack,
-        up: Nvfp4Stack,
-        down: Nvfp4Stack,
+        gate: StackLike,
+        up: StackLike,
+        down: StackLike,
         *,
         swiglu_limit: float | None = 10.0,
         activations: str = "auto",
@@ -94,8 +96,8 @@ class Nvfp4RoutedExperts(PackedModule):
         self.top_k = checked_count("top_k", top_k, "give the most experts that a token has")
         self._set_options(swiglu_limit, max_tokens, backend)
         self._set_activations(activations, activation_scale, gate.device)
+        self._set_static_scales(input_scale, hidden_scale, gate.device)  # before the weights, which may take minutes
         self._set_weights(gate, up, down)
-        self._set_static_scales(input_scale, hidden_scale, gate.device)
 
     @classmethod
     def from_weights(
@@ -112,14 +114,53 @@ class Nvfp4RoutedExperts(PackedModule):
 
         Raises: what the class and `quantize` raise.
 
-        Cost: beside the packed form, the NVFP4 weights twice while they are stacked.
+        Cost: the packed form, and one expert in NVFP4 at a time.
         """
-        amax = None
-        if isinstance(gate, Tensor) and isinstance(up, Tensor) and gate.shape == up.shape:
-            _check_floating("gate", gate)
-            amax = [joint_amax(g, u) for g, u in zip(gate, up, strict=True)]
-        gates, ups = _stack("gate", gate, recipe, amax), _stack("up", up, recipe, amax)
-        return cls(gates, ups, _stack("down", down, recipe), **options)
+        projections = {"gate": gate, "up": up, "down": down}
+        for name, weights in projections.items():
+            if isinstance(weights, Tensor) and (weights.ndim != 3 or len(weights) == 0):
+                rule, way_out = "must have three dimensions, experts first", "stack the experts' weights"
+                raise FormatError(name, rule, tuple(weights.shape), f"{way_out}, or give a list of Nvfp4Tensors")
+        counts = {name: len(weights) for name, weights in projections.items()}
+        if len(set(counts.values())) > 1:
+            rule = "must be gate (E, I, H), up (E, I, H), down (E, H, I)"
+            raise LayoutError("weights", rule, f"E {counts}", "give each expert all three")
+        experts = zip(gate, up, down, strict=True)  # type: ignore[arg-type]  # a stack goes by __getitem__
+        return cls.from_experts(experts, len(gate), recipe=recipe, **options)
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: Iterable[tuple[Weight, Weight, Weight]],
+        num_experts: int,
+        *,
+        device: torch.device | str | None = None,
+        recipe: str = "modelopt",
+        **options: Any,
+    ) -> Nvfp4RoutedExperts:
+        """Build from one expert after the other; each is packed before the next is taken.
+
+        Args:
+            experts: num_experts times (gate, up, down), (I, H), (I, H), (H, I), each floating or an Nvfp4Tensor, on any
+                device; an iterator that reads them from somewhere, say. Gate and up that are both floating share one
+                global scale, from their joint amax.
+            num_experts: E.
+            device: where the layer is to be; each expert goes there before it is quantised. Default: where the first
+                one's gate lies.
+            recipe: how floating weights are quantised; see `quantize`.
+            **options: those of the class.
+
+        Raises:
+            InputError: fewer or more experts than num_experts.
+            LayoutError: experts of different shapes.
+            And what the class and `quantize` raise, and the iterator.
+
+        Cost: the packed form, and one expert (as it comes, and in NVFP4) at a time.
+        """
+        stream = ExpertStream(experts, checked_count("num_experts", num_experts, "count them"), device, recipe)
+        made = cls(*stream.projections, **options)
+        stream.finish()
+        return made
 
     # -- using it ------------------------------------------------------------------------------------------------
 
@@ -150,7 +191,7 @@ class Nvfp4RoutedExperts(PackedModule):
         if out is None:
             y = ops.routed_experts(*arguments).view(x.shape)
             wants_grad = torch.is_grad_enabled() and (x.requires_grad or topk_weights.requires_grad)
-            return NoBackward.apply(y, "routed experts") if wants_grad else y
+            return NoBackward.apply(y, "routed experts", x, topk_weights) if wants_grad else y
         ops.routed_experts_out(*arguments, out.view(-1, self.hidden_size))
         return out
 
@@ -383,18 +424,3 @@ class Nvfp4RoutedExperts(PackedModule):
             f"swiglu_limit={self.swiglu_limit or None}, top_k={self.top_k}, max_tokens={self.max_tokens}, "
             f"backend={self.backend!r}"
         )
-
-
-def _check_floating(name: str, w: Tensor) -> None:
-    if w.ndim != 3 or len(w) == 0:
-        rule = "must have three dimensions, experts first"
-        raise FormatError(name, rule, tuple(w.shape), "stack the experts' weights, or give a list of Nvfp4Tensors")
-
-
-def _stack(name: str, weights: Weights, recipe: str, amax: list[float] | None = None) -> Nvfp4Stack:
-    if isinstance(weights, Nvfp4Stack):
-        return weights
-    if not isinstance(weights, Tensor):
-        return Nvfp4Stack.of(weights)
-    _check_floating(name, weights)
-    return Nvfp4Stack.of([quantize(w.detach(), recipe, amax[e] if amax else None) for e, w in enumerate(weights)])

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.nvfp4 import Nvfp4Tensor, joint_amax, quantize
+from ..formats.nvfp4 import Nvfp4Tensor
 from ..kernels import ops
 from ..kernels.dispatch import Problem, choose_backend, get_backend
 from ..kernels.target import target_of
 from .calibration import observed_scale
 from .checks import check_hidden_states, check_out, check_weights, checked_scale
 from .packed import NoBackward, PackedModule
+from .streaming import quantize_expert
 
 
 class Nvfp4SharedExpert(PackedModule):
@@ -99,14 +100,7 @@ class Nvfp4SharedExpert(PackedModule):
 
         Raises: what the class and `quantize` raise.
         """
-        amax = None
-        if not isinstance(gate, Nvfp4Tensor) and not isinstance(up, Nvfp4Tensor):
-            amax = joint_amax(gate, up)
-
-        def as_nvfp4(w: Tensor | Nvfp4Tensor, amax: float | None = None) -> Nvfp4Tensor:
-            return w if isinstance(w, Nvfp4Tensor) else quantize(w.detach(), recipe, amax)
-
-        return cls(as_nvfp4(gate, amax), as_nvfp4(up, amax), as_nvfp4(down), **options)
+        return cls(*quantize_expert(gate, up, down, recipe), **options)
 
     # -- using it ------------------------------------------------------------------------------------------------
 
@@ -134,7 +128,7 @@ class Nvfp4SharedExpert(PackedModule):
         arguments = x.reshape(-1, self.hidden_size).contiguous(), *self.arguments
         if out is None:
             y = ops.shared_expert(*arguments).view(x.shape)
-            return NoBackward.apply(y, "shared expert") if x.requires_grad and torch.is_grad_enabled() else y
+            return NoBackward.apply(y, "shared expert", x) if x.requires_grad and torch.is_grad_enabled() else y
         ops.shared_expert_out(*arguments, out.view(-1, self.hidden_size))
         return out
 

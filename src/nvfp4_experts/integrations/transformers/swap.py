@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Experts of a model in memory, exchanged for NVFP4 ones, and back; and static scales from text.
+
+    handle = swap_experts(model)                                 quantise the model's own weights, routed and shared
+    handle = swap_experts(model, checkpoint="nvfp4-dir")         or take them from an NVFP4 checkpoint of it
+    scales = calibrate_model(model, batches)                     {layer: (input_scale, hidden_scale)}
+    handle.restore()
+
+`rule.py` says what counts as an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints import Checkpoint, load_routed_experts, load_shared_expert, open_checkpoint
+from ...checkpoints.load import weighting_of
+from ...errors import CalibrationError, InputError
+from ...layers.checks import checked_choice
+from ...layers.routed_experts import Nvfp4RoutedExperts
+from ...layers.shared_expert import Nvfp4SharedExpert
+from .rule import ROUTED, SHARED, find_experts, kind_of, layer_number, setting, swiglu_limit, top_k_of, weights_of
+
+Experts = Nvfp4SharedExpert | Nvfp4RoutedExperts
+
+
+@dataclass(frozen=True)
+class SwapHandle:
+    """What `swap_experts` did, and how to undo it.
+
+    Attributes:
+        experts: module name -> the NVFP4 experts now in its place.
+        originals: module name -> the module that was there; clear it to free its weights, if you will not restore.
+    """
+
+    model: nn.Module
+    experts: dict[str, Experts]
+    originals: dict[str, nn.Module]
+
+    @property
+    def shared(self) -> dict[int, Nvfp4SharedExpert]:
+        """Layer number -> the shared expert now in that layer."""
+        return {layer_number(name): e for name, e in self.experts.items() if isinstance(e, Nvfp4SharedExpert)}
+
+    @property
+    def routed(self) -> dict[int, Nvfp4RoutedExperts]:
+        """Layer number -> the routed experts now in that layer."""
+        return {layer_number(name): e for name, e in self.experts.items() if isinstance(e, Nvfp4RoutedExperts)}
+
+    def set_activations(self, activations: str, activation_scale: str | None = None) -> None:
+        """Change the activation format of all swapped experts; weights stay where they are."""
+        self.experts.update(set_activations(self.model, activations, activation_scale, self.experts))
+
+    def restore(self) -> None:
+        """Put the original modules back."""
+        for name, original in self.originals.items():
+            self.model.set_submodule(name, original)
+
+
+def swap_experts(
+    model: nn.Module,
+    checkpoint: str | Path | Checkpoint | None = None,
+    *,
+    experts: str = "all",
+    recipe: str = "modelopt",
+    weighting: str | None = None,
+    **options: Any,
+) -> SwapHandle:
+    """Exchange experts of a model for NVFP4 ones.
+
+    Args:
+        model: a transformers model (any nn.Module that fits the rule of `rule.py`), changed in place.
+        checkpoint: where NVFP4 (or other) weights of the same model lie, a directory or hub id; None quantises the
+            weights the model holds.
+        experts: "all", "routed" or "shared".
+        recipe: how floating weights are quantised; see `quantize`.
+        weighting: of routed experts: "before_down" or "after_down"; None is where the model's own code applies routing
+            weights: before in DeepSeek-V4, after in others. transformers' modules weigh after down in all models; the
+            two differ in rounding, and in what a static hidden scale is of.
+        **options: of `Nvfp4SharedExpert` and `Nvfp4RoutedExperts`: activations, activation_scale, max_tokens, backend.
+            The SwiGLU limit comes from the module or its config, or from the checkpoint's; top_k from the config.
+
+    Returns:
+        A handle with the experts and `restore()`.
+
+    Raises:
+        InputError: the model has no such experts, or some that do not fit; the model is unchanged.
+        CheckpointError: the checkpoint lacks a layer or cannot be read; the model is unchanged.
+
+    Cost: one module at a time: its weights in NVFP4 and one expert in fp32 beside the model. The originals stay in
+        memory with the handle.
+    """
+    kinds = (ROUTED, SHARED) if checked_choice("experts", experts, ("all", ROUTED, SHARED)) == "all" else (experts,)
+    originals = {name: module for kind in kinds for name, module in find_experts(model, kind).items()}
+    opened = open_checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint
+    options |= {"recipe": recipe}
+    routed: dict[str, Any] = {"weighting": weighting or weighting_of(setting(model, "model_type"))}
+    if ROUTED in kinds:
+        routed["top_k"] = top_k_of(model)
+    swapped: dict[str, Experts] = {}
+    for name, module in originals.items():
+        weights = weights_of(name, module)
+        own = options | (routed if kind_of(name) == ROUTED else {})
+        if opened is not None:
+            swapped[name] = load_experts(opened, name, weights[0].device, **own)
+        else:
+            layer = Nvfp4RoutedExperts if kind_of(name) == ROUTED else Nvfp4SharedExpert
+            swapped[name] = layer.from_weights(*weights, swiglu_limit=swiglu_limit(name, module, model), **own)
+    for name, expert in swapped.items():
+        model.set_submodule(name, expert)
+    return SwapHandle(model, swapped, originals)
+
+
+def swap_shared_experts(
+    model: nn.Module, checkpoint: str | Path | Checkpoint | None = None, recipe: str = "modelopt", **options: Any
+) -> SwapHandle:
+    """`swap_experts(model, checkpoint, experts="shared")`: the routed experts stay as they are."""
+    return swap_experts(model, checkpoint, experts=SHARED, recipe=recipe, **options)
+
+
+def load_experts(checkpoint: Checkpoint, name: str, device: torch.device, **options: Any) -> Experts:
+    """The experts of a module, by its name, from a checkpoint; options are those of `load_shared_expert` or
+    `load_routed_experts`.
+    """
+    load = load_shared_expert if kind_of(name) == SHARED else load_routed_experts
+    return load(checkpoint, layer_number(name), device, **options)
+
+
+def experts_of(model: nn.Module) -> dict[str, Experts]:
+    """Module name -> NVFP4 experts, of all that a model has, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Nvfp4SharedExpert | Nvfp4RoutedExperts)}
+
+
+def set_activations(
+    model: nn.Module,
+    activations: str,
+    activation_scale: str | None = None,
+    experts: Mapping[str, Experts] | None = None,
+) -> dict[str, Experts]:
+    """Give a model's NVFP4 experts another activation format; weights stay where they are.
+
+    Args:
+        model: with NVFP4 experts, swapped or loaded.
+        activations, activation_scale: as `with_activations` of the layers.
+        experts: module name -> which; None is all.
+
+    Returns:
+        module name -> the experts now in its place.
+
+    Raises:
+        InputError, UnsupportedError: as the layers; the model is unchanged.
+    """
+    chosen = experts_of(model) if experts is None else experts
+    changed = {name: module.with_activations(activations, activation_scale) for name, module in chosen.items()}
+    for name, module in changed.items():
+        model.set_submodule(name, module)
+    return changed
+
+
+@torch.no_grad()
+def calibrate_model(
+    model: nn.Module, batches: Iterable[Any], percentile: float | None = None
+) -> dict[int, tuple[float, float]]:
+    """Run batches through a model with NVFP4 experts and set their static scales from what they see.
+
+    Args:
+        model: a model whose experts have been swapped, or loaded by `from_pretrained`.
+        batches: each a tensor of token ids (B, S), or a mapping of keyword arguments for the model.
+        percentile: of |x| per expert and call, in (0, 100]; None is the maximum.
+
+    Returns:
+        layer -> (input_scale, hidden_scale) of shared experts, for `save_input_scales` or `convert(...,
+        input_scales=...)`. Those of routed experts are in the modules, where `uncalibrated` names the ones that no
+        token reached; `save_pretrained` of a loaded model writes all of them.
+
+    Raises:
+        InputError: the model has no NVFP4 expert.
+        CalibrationError: no batches, or an expert saw nothing, zeros or NaN.
+
+    Numerics: experts run with bf16 activations meanwhile; their activation modes are unchanged afterwards.
+    """
+    experts = experts_of(model)
+    if not experts:
+        raise InputError("model", "must have NVFP4 experts", "none", "call swap_experts first")
+    reached: set[str] = set()
+    try:
+        for name, expert in experts.items():
+            expert.forward = _calibrating(name, expert, percentile, reached)  # type: ignore[method-assign]
+        for batch in batches:
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for expert in experts.values():
+            del expert.forward
+    if blind := sorted(experts.keys() - reached):  # also one that has scales already, from a checkpoint
+        got = f"{blind} unseen" if reached else "none"
+        raise CalibrationError("batches", "must reach every expert module", got, "give batches of real text")
+    shared = {layer_number(name): e for name, e in experts.items() if isinstance(e, Nvfp4SharedExpert)}
+    return {layer: (e.input_scale, e.hidden_scale) for layer, e in shared.items()}  # type: ignore[misc]
+
+
+def _calibrating(name: str, experts: Any, percentile: float | None, reached: set[str]) -> Any:
+    def calibrate(*arguments: Tensor) -> Tensor:
+        y: Tensor = experts.calibrate(*arguments, percentile=percentile)
+        reached.add(name)
+        return y
+
+    return calibrate
