@@ -95,7 +95,7 @@ def main() -> int:
     with ProcessPoolExecutor() as pool:
         kernels = [
             (CHIPS[layer[0]], kernel)
-            for layer, made in zip(every, pool.map(compile_one, every), strict=True)
+            for layer, made in zip(every, pool.map(compile_one, every, chunksize=8), strict=True)
             for kernel in made
         ]
     for chip, kernel in kernels:

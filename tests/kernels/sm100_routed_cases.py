@@ -91,7 +91,7 @@ def test_slots_are_grouped_by_expert_in_ascending_order(
     indices = routing_of(tokens, top_k, experts, dtype).indices
     rows = [torch.full((tokens * top_k,), -7, dtype=torch.int32, device=DEVICE) for _ in range(2)]
     offsets = torch.full((experts + 1,), -7, dtype=torch.int32, device=DEVICE)
-    group_slots[(experts,)](indices.to(DEVICE), offsets, *rows, tokens * top_k, top_k, BLOCK=4096)
+    group_slots[(experts,)](indices.to(DEVICE), offsets, *rows, tokens * top_k, top_k, BLOCK=2048)
     flat = indices.flatten().long()
     here = (flat >= 0) & (flat < experts)
     grouped, slots = torch.where(here, flat, experts).sort(stable=True)

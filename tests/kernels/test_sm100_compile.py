@@ -27,6 +27,7 @@ LAYERS = {
     "routed, one token": ("dynamic", V4_PRO, 1, 384, 6),
     "routed, prefill": ("per_token", V4_FLASH, 8192, 256, 6),
     "routed, ragged": ("static", RAGGED, 90, 5, 2),
+    "routed, 32 rows": ("dynamic", RAGGED, 40, 5, 2),
 }
 
 

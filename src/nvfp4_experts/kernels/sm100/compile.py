@@ -8,6 +8,7 @@ Needs no GPU: Triton's wheel brings the assembler, ptxas.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import subprocess
@@ -153,6 +154,7 @@ def _type(value: Any) -> str:
     return {int: "i32", float: "fp32", type(None): "constexpr"}[type(value)]
 
 
+@functools.cache
 def _assembler_says(ptx: str, architecture: str) -> tuple[int, int]:
     """Registers of a thread and bytes it spills, of the one kernel in a text; assembled as Triton does."""
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:

@@ -36,8 +36,8 @@ from .slots import add_slots, group_slots
 
 PARTIALS = 256
 _AMAX_BLOCK = 2048
-_FEW_TOKENS = 32
-_SLOTS_BLOCK, _SUM_BLOCK, _SUM_SLOTS = 4096, 1024, 4
+_FEW_TOKENS, _FEW_ROWS = 32, 16  # with 32 rows of an expert the kernel spills on sm_100
+_SLOTS_BLOCK, _SUM_BLOCK, _SUM_SLOTS = 2048, 1024, 4
 _PROGRAMS = 2  # of a GEMM, for each multiprocessor
 _CELL_STEP = 64  # cells of one kind begin at a multiple of it: pointers keep their alignment, kernels their kind
 # numbers.py needs each operation rounded by itself; left alone, the assembler stops at 128 or 168 registers and spills.
@@ -122,7 +122,7 @@ class Plan:
     @functools.cached_property
     def quantizes_on_the_way(self) -> bool:
         """h is quantised by each tile of the second half for itself: cheaper than a launch while tokens are few."""
-        return self.mode == "dynamic" and self.down[0].tokens <= _FEW_TOKENS
+        return self.mode == "dynamic" and self.down[0].tokens <= (_FEW_ROWS if self.slots else _FEW_TOKENS)
 
     @property
     def results_follow_h(self) -> bool:
