@@ -4,8 +4,8 @@
     python -m tests.fuzz.cpu --seconds 600 --seed 1
 
 Each seed draws a shared expert and routed ones; it is printed when one fails: `--seed N --cases 1` repeats it. Results
-must equal `tests/kernels/cpu_oracle.py` to the bit (NaN for NaN); the bf16 instruction, which adds in another order, to a
-bound.
+must equal `tests/kernels/cpu_oracle.py` to the bit (NaN for NaN); the bf16 instruction, which adds in another order, to
+a bound.
 """
 
 from __future__ import annotations

@@ -237,6 +237,12 @@ MUTANTS = (
         "values, scale = enter(x * (indices == expert).any(-1, True), activations, activation_scale, x_scale)",
         "tests/kernels/test_routed_experts.py::test_reference_is_the_definition",
     ),
+    Mutant(
+        "routed: calibration sees h without its weight",
+        "layers/routed_experts.py",
+        "h = h * weights[token, slot, None]",
+        "h = h + 0 * weights[token, slot, None]",
+        "tests/layers/test_routed_experts.py::test_calibration_covers_what_each_expert_saw",
     # experts that come one at a time
     Mutant(
         "streaming: the expert at hand is kept while the next is made",
@@ -298,7 +304,7 @@ MUTANTS = (
     Mutant(
         "C++: the first token's amax for all",
         "kernels/cpu/csrc/enter.h",
-        "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, token,",
+        "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, source,",
         "if (entry.scale_mode == kPerToken) amax = row_amax(entry.x, entry.element, 0,",
         "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
     ),
@@ -315,6 +321,27 @@ MUTANTS = (
         "scale[r] = weight_scale(piece, r, v, half.global_scales[r]);",
         "scale[r] = weight_scale(piece, r, v, half.global_scales[0]);",
         "tests/kernels/test_cpu.py::test_drawn_cases_equal_the_definition_to_the_bit",
+    ),
+    Mutant(
+        "C++, routed: every expert has the first one's static scales",
+        "kernels/cpu/csrc/routed_experts.cpp",
+        "return of_all ? of_all + expert : nullptr;",
+        "return of_all;",
+        "tests/kernels/test_routed_experts.py::test_cpu_to_the_bit",
+    ),
+    Mutant(
+        "C++, routed: slots are added from the last to the first",
+        "kernels/cpu/csrc/tier.cpp",
+        "for (int64_t slot = t * sum.top_k; slot < (t + 1) * sum.top_k; ++slot) {",
+        "for (int64_t slot = (t + 1) * sum.top_k - 1; slot >= t * sum.top_k; --slot) {",
+        "tests/kernels/test_routed_experts.py::test_slots_are_added_in_ascending_order",
+    ),
+    Mutant(
+        "C++, routed: rows of a later batch are taken from the first",
+        "kernels/cpu/csrc/routed_experts.cpp",
+        "h_values + b.first * r.h_bytes(), scales + b.first};",
+        "h_values + (b.first - first) * r.h_bytes(), scales + b.first};",
+        "tests/kernels/test_cpu_routed.py::test_more_rows_than_a_batch",
     ),
     Mutant(
         "an edited checkout runs old code",

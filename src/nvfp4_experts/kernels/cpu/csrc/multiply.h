@@ -40,6 +40,13 @@ NVFP4_INLINE void prefetch_block(const Tile& tile, int64_t b) {
 
 constexpr int64_t kAhead = 24;  // blocks, where weights are decoded as they are read
 
+// Asks for what is read kAhead blocks later: of this tile, or of the one that lies `step` tiles on and is likely the next.
+NVFP4_INLINE void prefetch_ahead(const Tile& tile, int64_t b, int64_t blocks, int64_t step) {
+  const int64_t ahead = b + kAhead, next = step * blocks * (kCodeBytes + kRows);
+  if (ahead < blocks) return prefetch_block(tile, ahead);
+  prefetch_block({tile.codes + next, tile.scales + next}, ahead - blocks);
+}
+
 typedef float Sums[2][kRows];  // of one token
 
 template <int R, int N>
@@ -61,8 +68,9 @@ NVFP4_INLINE void store_sums(Sums* sums, int first_tile, const F (&sum)[N][R][kV
 struct FromTiles {
   using Block = IntegerBlock;
   Tile tiles[2];
+  int64_t blocks;
   NVFP4_MEMBER void load(int tile, int64_t b, Block& block) const {
-    prefetch_block(tiles[tile], b + kAhead);
+    prefetch_ahead(tiles[tile], b, blocks, kTilesAtOnce);
     block.load(tiles[tile].codes + b * kCodeBytes, tiles[tile].scales + b * kRows);
   }
 };
@@ -172,7 +180,7 @@ static void multiply_pairs(Tile tile, int which, const uint8_t* x, int64_t block
   F sum[N][1][1];
   load_sums<1, N>(sums, which, sum);
   for (int64_t b = 0; b < blocks; ++b, x += 32 * N) {
-    prefetch_block(tile, b + kAhead);
+    prefetch_ahead(tile, b, blocks, 1);
     __m512i w[2][4];
     for (int j = 0; j < 2; ++j) load_pairs(tile.codes + b * kCodeBytes + 64 * j, w[j]);
     F scale = load_scales(tile.scales + b * kRows, 0) * splat(1 / kScaleUnit);

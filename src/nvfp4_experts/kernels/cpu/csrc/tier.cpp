@@ -77,7 +77,7 @@ static void integer_sums(const Piece& piece, Sums* sums) {
       });
     });
   };
-  if (piece.tokens <= kGroup) return run(FromTiles{{piece.tile[0], piece.tile[1]}}, 0, blocks);
+  if (piece.tokens <= kGroup) return run(FromTiles{{piece.tile[0], piece.tile[1]}, blocks}, 0, blocks);
   constexpr int64_t kRun = 16;
   FromPanel::Block panel[kRun][2];
   uint32_t nan_rows[2] = {0, 0};
