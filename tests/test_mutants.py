@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tests are tested: every mistake in `mutants/table.py` must be caught by the test named for it.
+"""The tests are tested: every mistake in `mutants/` must be caught by the test named for it.
 
 Each mutant is a copy of `src` with one piece of text replaced; the named test runs against the copy in a process of its
 own. C++ is built into the copy first, its portable tier alone. The working tree is never changed.
@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutants.integrations import INTEGRATIONS
 from tests.mutants.runner import ROOT, build_native, run_tests
-from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants.table import MUTANTS as TABLE
+from tests.mutants.table import Mutant
+
+MUTANTS = (*TABLE, *INTEGRATIONS)
 
 TESTS_FAILED = 1  # pytest's exit code; 2 and above mean that it could not run them
 
@@ -33,7 +37,7 @@ def spoil(source: Path, mutant: Mutant) -> None:
     found = text.count(mutant.old)
     assert found == 1, (
         f"mutant {mutant.name!r}: its text occurs {found} times in {mutant.file}, and must occur once; "
-        f"the code has moved on, so bring tests/mutants/table.py up to date:\n{mutant.old}"
+        f"the code has moved on, so bring tests/mutants/ up to date:\n{mutant.old}"
     )
     path.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     if path.parent.name == "csrc":
