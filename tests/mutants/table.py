@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+from .integrations import INTEGRATIONS
 from .mutant import Mutant
 from .of_kernels import OF_KERNELS
 
 MUTANTS = (
     *OF_KERNELS,
+    *INTEGRATIONS,
     # layers over ranks
     Mutant(
         "parts of ranks overlap where they are uneven",
@@ -270,27 +272,5 @@ MUTANTS = (
         "for p in (source, partner) if p is not None)",
         "for p in (source,) if p is not None)",
         "tests/checkpoints/test_convert.py::test_scaled_weights_become_what_quantize_makes_of_the_whole",
-    ),
-    # integrations
-    Mutant(
-        "scalars of a checkpoint made anew when it is saved",
-        "integrations/transformers/saving.py",
-        "scalars = dict(stored.scalars)",
-        "scalars: dict[str, Tensor] = {}",
-        "tests/integrations/test_from_pretrained.py::test_load_evaluate_generate_save[modelopt]",
-    ),
-    Mutant(
-        "unexpected tensors ignored in layers that have none of ours",
-        "integrations/transformers/source.py",
-        'f"(?:{of_layers})"',
-        'r"\\d+"',
-        "tests/integrations/test_from_pretrained.py::test_what_neither_side_takes_is_still_unexpected",
-    ),
-    Mutant(
-        "experts of parameters that have been written to since",
-        "integrations/transformers/implementation.py",
-        "parameter is known() and _state_of(parameter) == state",
-        "parameter is known()",
-        "tests/integrations/test_implementation.py::test_weights_are_quantised_once_and_anew_when_they_change",
     ),
 )
