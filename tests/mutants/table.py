@@ -217,9 +217,9 @@ MUTANTS = (
     ),
     Mutant(
         "the shared expert's result is rounded before it is added",
-        "layers/moe.py",
-        "self.shared(x.float())",
-        "self.shared(x)",
+        "kernels/one_by_one.py",
+        "total.add_(more)",
+        "total.add_(more.to(x.dtype))",
         "tests/layers/test_moe.py::test_routed_and_shared_are_added_in_fp32_and_rounded_once",
     ),
     # bench
