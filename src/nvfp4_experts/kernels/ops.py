@@ -15,6 +15,7 @@ Arguments have been checked by the layer; an op only forwards them to the backen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,23 +47,23 @@ def _register(
     return op
 
 
+def _register_both(name: str, write: Callable[..., None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Two ops of a function that writes x (T, H) to y in its last argument, `out`, which must not overlap x: `name`,
+    which makes a y of the dtype of x, and `name`_out.
+    """
+
+    def make(*arguments: Any) -> Tensor:
+        out = _like_x(*arguments)
+        write(*arguments, out)
+        return out
+
+    signature = inspect.signature(write, eval_str=True)
+    parameters = [parameter for parameter in signature.parameters.values() if parameter.name != "out"]
+    make.__signature__ = signature.replace(parameters=parameters, return_annotation=Tensor)  # type: ignore[attr-defined]
+    return _register(name, make, _like_x), _register(f"{name}_out", write, lambda *_: None, writes="out")
+
+
 def _shared_expert(
-    x: Tensor,
-    weights: list[Tensor],
-    input_scale: Tensor | None,
-    hidden_scale: Tensor | None,
-    swiglu_limit: float,
-    activations: str,
-    activation_scale: str,
-    backend: str,
-) -> Tensor:
-    out = _like_x(x)
-    scales = input_scale, hidden_scale
-    _shared_expert_out(x, weights, *scales, swiglu_limit, activations, activation_scale, backend, out)
-    return out
-
-
-def _shared_expert_out(
     x: Tensor,
     weights: list[Tensor],
     input_scale: Tensor | None,
@@ -89,25 +90,6 @@ def _routed_experts(
     activation_scale: str,
     weighting: str,
     backend: str,
-) -> Tensor:
-    out = _like_x(x)
-    options = swiglu_limit, activations, activation_scale, weighting, backend
-    _routed_experts_out(x, weights, indices, topk_weights, input_scale, hidden_scale, *options, out)
-    return out
-
-
-def _routed_experts_out(
-    x: Tensor,
-    weights: list[Tensor],
-    indices: Tensor,
-    topk_weights: Tensor,
-    input_scale: Tensor | None,
-    hidden_scale: Tensor | None,
-    swiglu_limit: float,
-    activations: str,
-    activation_scale: str,
-    weighting: str,
-    backend: str,
     out: Tensor,
 ) -> None:
     call = Call(swiglu_limit, activations, activation_scale, input_scale, hidden_scale)
@@ -115,51 +97,6 @@ def _routed_experts_out(
 
 
 def _moe(
-    x: Tensor,
-    weights: list[Tensor],
-    indices: Tensor,
-    topk_weights: Tensor,
-    input_scale: Tensor | None,
-    hidden_scale: Tensor | None,
-    swiglu_limit: float,
-    activations: str,
-    activation_scale: str,
-    weighting: str,
-    backend: str,
-    shared_weights: list[Tensor],
-    shared_input_scale: Tensor | None,
-    shared_hidden_scale: Tensor | None,
-    shared_swiglu_limit: float,
-    shared_activations: str,
-    shared_activation_scale: str,
-    shared_backend: str,
-) -> Tensor:
-    out = _like_x(x)
-    _moe_out(
-        x,
-        weights,
-        indices,
-        topk_weights,
-        input_scale,
-        hidden_scale,
-        swiglu_limit,
-        activations,
-        activation_scale,
-        weighting,
-        backend,
-        shared_weights,
-        shared_input_scale,
-        shared_hidden_scale,
-        shared_swiglu_limit,
-        shared_activations,
-        shared_activation_scale,
-        shared_backend,
-        out,
-    )
-    return out
-
-
-def _moe_out(
     x: Tensor,
     weights: list[Tensor],
     indices: Tensor,
@@ -209,13 +146,9 @@ def _like_x(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-# x (T, H) to y (T, H), dtype of x; or to `out`, of that dtype or fp32, which must not overlap x.
-shared_expert = _register("shared_expert", _shared_expert, _like_x)
-shared_expert_out = _register("shared_expert_out", _shared_expert_out, lambda *_: None, writes="out")
-routed_experts = _register("routed_experts", _routed_experts, _like_x)
-routed_experts_out = _register("routed_experts_out", _routed_experts_out, lambda *_: None, writes="out")
-moe = _register("moe", _moe, _like_x)
-moe_out = _register("moe_out", _moe_out, lambda *_: None, writes="out")
+shared_expert, shared_expert_out = _register_both("shared_expert", _shared_expert)
+routed_experts, routed_experts_out = _register_both("routed_experts", _routed_experts)
+moe, moe_out = _register_both("moe", _moe)
 kept_expert = _register("kept_expert", _kept_expert, _like_x)
 
 
