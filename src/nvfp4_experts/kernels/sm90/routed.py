@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
-    bf16, up to 8 tokens and 64 slots    routed_decode.py, one launch; the shared expert is a group of it
+    bf16, up to 8 tokens and 64 slots    routed_decode.py, one launch, a shared expert of the same size a group of it;
+                                         not where I is below 100 or so (`routed_decode.fits`)
     else                                 grouped.py; the shared expert first, its fp32 result added with the rows
 
 Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic").
@@ -40,7 +41,7 @@ class Sm90RoutedExperts(StackedExperts):
         sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
             grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
-            if problem.activations == "bf16":
+            if problem.activations == "bf16" and routed_decode.fits(*sizes, device):
                 routed_decode.prepare(*sizes, device)
             shape = *sizes, problem.experts, max_tokens, problem.top_k
             layouts = [list(grouped.scratch(mode, *shape).values()) for mode in modes]
@@ -66,7 +67,7 @@ class Sm90RoutedExperts(StackedExperts):
 
 
 def _run(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
-    run = routed_decode.routed_experts if _few(routing, call) else grouped.routed_experts
+    run = routed_decode.routed_experts if _few(x, weights, routing, call) else grouped.routed_experts
     run(x, weights, routing, call, out)
 
 
@@ -74,7 +75,7 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
     of_shared, top_k = beside.call, routing.indices.shape[1]
     same_size = beside.weights[0].numel() == weights[0][0].numel()
     same_format = of_shared.activations == "bf16" and of_shared.clamp == call.clamp
-    if _few(routing, call) and same_size and same_format:
+    if _few(x, weights, routing, call) and same_size and same_format:
         routed_decode.routed_experts(x, weights, routing, call, out, beside.weights)
         return
     # Scratch of the two calls begins at one place; what one hands the other lies behind both.
@@ -89,8 +90,9 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
     grouped.routed_experts(x, weights, routing, call, out, addend)
 
 
-def _few(routing: Routing, call: Call) -> bool:
-    return call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
+def _few(x: Tensor, weights: list[Tensor], routing: Routing, call: Call) -> bool:
+    few = call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
+    return few and routed_decode.fits(x.shape[1], weights[2].shape[2], x.device)
 
 
 def _mode(call: Call) -> str:

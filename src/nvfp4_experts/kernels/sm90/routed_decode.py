@@ -19,6 +19,7 @@ from ..dispatch import Call, Routing
 from ..target import target_of
 from .backend import PARTIAL_BYTES, SMALL_BYTES, STAGE_BYTES, STAGES, THREADS
 from .compile import compile_all, launch_structure, load_kernel
+from .config import SHARED_BYTES
 from .gemm import OUT
 from .mailbox import ROUTED_SLOTS, mailbox_bytes, mailboxes, routed_box
 
@@ -29,6 +30,11 @@ _GROUP_BYTES = 48
 def takes(tokens: int, top_k: int) -> bool:
     """Whether the kernel holds that many tokens and slots."""
     return tokens <= _TOKENS and tokens * top_k <= _CHOICES
+
+
+def fits(hidden: int, intermediate: int, device: torch.device) -> bool:
+    """Whether rows of a block's tiles fit in its shared memory: not if I is so small that few blocks have them all."""
+    return _shared_bytes(_tiles(hidden, intermediate, device)) <= SHARED_BYTES
 
 
 def routed_experts(

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routed experts on Hopper, as far as it goes without a GPU: which kernel, which cut, how much scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nvfp4_experts.diagnostics.bench.work import SHAPES
+from nvfp4_experts.kernels.cuda.workspace import bytes_of
+from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem
+from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode
+from nvfp4_experts.kernels.sm90.config import GemmProblem, config_is_legal
+from nvfp4_experts.kernels.target import Target
+
+HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(routed_decode, "target_of", lambda _: HOPPER)
+    routed_decode._tiles.cache_clear()
+    yield
+    routed_decode._tiles.cache_clear()
+
+
+def test_few_tokens_of_few_slots_are_one_launch() -> None:
+    assert routed_decode.takes(8, 8) and routed_decode.takes(1, 64) and routed_decode.takes(7, 9)
+    assert not routed_decode.takes(9, 1) and not routed_decode.takes(8, 9) and not routed_decode.takes(1, 65)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_blocks_that_cannot_keep_their_rows_are_not_asked_to() -> None:
+    for hidden, intermediate in (*SHAPES.values(), (7168, 384), (5120, 288), (4096, 256), (144, 80)):
+        assert routed_decode.fits(hidden, intermediate, GPU)
+    assert not routed_decode.fits(7168, 16, GPU) and not routed_decode.fits(4096, 48, GPU)
+
+
+def test_every_cut_is_legal_and_reached() -> None:
+    for hidden, intermediate in SHAPES.values():
+        for _, config in grouped._CONFIGS:
+            for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
+                assert config_is_legal(config, GemmProblem(rows, columns, 4096)) and config.parts == 1
+    assert [grouped.config_of(slots, 256).tokens for slots in (1, 2048, 2049, 8192, 8193)] == [32, 32, 64, 64, 112]
+
+
+@pytest.mark.parametrize("mode", ["bf16", *ACTIVATION_SCALES])
+def test_scratch_grows_with_slots(mode: str) -> None:
+    """So that what is reserved for the largest call is enough for every other."""
+    sizes = [bytes_of(list(grouped.scratch(mode, 4096, 2048, 256, tokens, 6).values())) for tokens in range(1, 3000, 7)]
+    assert sizes == sorted(sizes)
+    assert grouped.scratch(mode, 4096, 2048, 256, 1024, 6)["rows"] == ((6144, 4096), torch.float32)
+
+
+def test_what_it_has_no_kernel_for_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(routed.BACKEND), "refusal", lambda *_: None)
+    assert routed.ROUTED.refusal(Problem(64, 64, "bf16", HOPPER, experts=256, top_k=6)) is None
+    assert "fp8" in (routed.ROUTED.refusal(Problem(64, 64, "fp8", HOPPER, experts=256, top_k=6)) or "")
+    assert "8192 experts" in (routed.ROUTED.refusal(Problem(64, 64, "bf16", HOPPER, experts=8193, top_k=6)) or "")
