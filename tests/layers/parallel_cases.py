@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from nvfp4_experts import Nvfp4MoE, Nvfp4RoutedExperts, Nvfp4SharedExpert
+from nvfp4_experts import KeptSharedExpert, Nvfp4MoE, Nvfp4RoutedExperts, Nvfp4SharedExpert
 from nvfp4_experts.errors import InputError, LayoutError, UnsupportedError
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.layers import collectives
@@ -341,6 +341,20 @@ def models_are_parallelized_by_every_plan(world: World) -> None:
             of_every_expert = E if world.rank < I // 16 else 0
             want = of_every_expert if plan == "tp" else len(experts_of(world.rank, ranks, E))
             world.check(held == want, f"{plan}: {held} experts, not {want}")
+        for plan in (
+            "tp",
+            "ep",
+            "dispatch",
+        ):  # a shared expert that is kept as it is has no shards: the first rank has it
+            kept = KeptSharedExpert(draw(1, I, H), draw(2, I, H), draw(3, H, I), swiglu_limit=1.0)
+            hybrid = parallelize(Nvfp4MoE(block().router, block().routed, kept), group, plan)
+            near(
+                world,
+                hybrid(x),
+                Nvfp4MoE(block().router, block().routed, kept)(x),
+                OVER_RANKS["shards"],
+                f"{plan}, kept",
+            )
         one = parallelize(block(), group, "ep")
         world.check(isinstance(one, SummedOverRanks) and f"rank={world.rank} of {ranks}" in repr(one), repr(one))
         near(world, one(x), block()(x), OVER_RANKS["shards"], "a block itself")

@@ -27,6 +27,7 @@ from ..errors import InputError, LayoutError
 from .checks import check_hidden_states, check_out, check_routing, checked_choice, checked_count
 from .collectives import agree, checked_group, padded, sum_in_rank_order
 from .dispatched import DispatchedOverRanks
+from .kept_expert import KeptSharedExpert
 from .moe import Nvfp4MoE
 from .packed import NoBackward
 from .routed_experts import Nvfp4RoutedExperts
@@ -50,7 +51,7 @@ class SummedOverRanks(nn.Module):
 
     Args:
         group: a process group, a mesh of one dimension, or None for the default group.
-        shared: this rank's shard of a shared expert, or None.
+        shared: this rank's shard of a shared expert, or None. A kept one has no shards: one rank has it, whole.
         routed: this rank's shard or share of routed experts, or None.
         router: as of `Nvfp4MoE`; or None, and the caller gives indices and weights. The same on every rank.
         first_expert: what the first expert of `routed` is called in the indices.
@@ -73,7 +74,7 @@ class SummedOverRanks(nn.Module):
         self,
         group: ProcessGroup | DeviceMesh | None = None,
         *,
-        shared: Nvfp4SharedExpert | None = None,
+        shared: Nvfp4SharedExpert | KeptSharedExpert | None = None,
         routed: Nvfp4RoutedExperts | None = None,
         router: nn.Module | None = None,
         first_expert: int = 0,
@@ -165,7 +166,10 @@ class SummedOverRanks(nn.Module):
     def _part(self, x: Tensor, inputs: list[Tensor], out: Tensor) -> Tensor:
         if self.routed is not None:
             indices, weights = inputs
-            self.routed(x, indices - self.first_expert, weights, out)
+            routing = indices - self.first_expert, weights
+            if isinstance(self.shared, Nvfp4SharedExpert):
+                return self.routed.with_shared(x, *routing, self.shared, out)
+            self.routed(x, *routing, out)
             if self.shared is not None:
                 out += self.shared(x, torch.empty_like(out))
             return out
@@ -248,7 +252,9 @@ def _summed(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str
     parts: dict[str, Any] = {"routed": layer} if isinstance(layer, Nvfp4RoutedExperts) else {"shared": layer}
     if isinstance(layer, Nvfp4MoE):
         parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
-    if parts.get("shared") is not None:
+    if isinstance(parts.get("shared"), KeptSharedExpert):
+        parts["shared"] = parts["shared"] if rank == 0 else None  # it has no shards
+    elif parts.get("shared") is not None:
         parts["shared"] = shard_of(parts["shared"], rank, ranks)
     whole = parts.get("routed")
     if whole is not None and plan == "ep":

@@ -16,6 +16,7 @@ from ..errors import InputError, LayoutError
 from ..formats.codes import BLOCK_SIZE
 from ..formats.nvfp4 import Nvfp4Tensor
 from ..formats.stack import Nvfp4Stack
+from .kept_expert import KeptSharedExpert
 from .routed_experts import Nvfp4RoutedExperts
 from .shared_expert import Nvfp4SharedExpert
 
@@ -129,8 +130,11 @@ def _options(layer: Nvfp4SharedExpert | Nvfp4RoutedExperts) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in names} | {"backend": layer._backend_choice}
 
 
-def facts_of(layer: Nvfp4SharedExpert | Nvfp4RoutedExperts | None) -> dict[str, Any] | None:
+def facts_of(layer: Nvfp4SharedExpert | KeptSharedExpert | Nvfp4RoutedExperts | None) -> dict[str, Any] | None:
     """What the parts of a layer must have alike on all ranks; None of no layer."""
     if layer is None:
         return None
+    if isinstance(layer, KeptSharedExpert):
+        modes = {"activations": "bf16", "activation_scale": "dynamic"}
+        return modes | {name: getattr(layer, name) for name in ("hidden_size", "swiglu_limit", "max_tokens")}
     return {"hidden_size": layer.hidden_size} | {n: v for n, v in _options(layer).items() if n != "backend"}
