@@ -5,7 +5,7 @@
 
 The road of a user: quantise while loading, calibrate, `save_pretrained`, load the NVFP4 checkpoint, `generate`.
 Measured on held-out text: nats per byte with every activation format, the error of each layer's experts, sizes, and
-bytes per second of `generate` next to transformers' own bf16 experts. The error has two yardsticks: exact math on the
+speed of `generate` next to transformers' own bf16 experts. The error has two yardsticks: exact math on the
 original weights (all that quantisation costs) and exact math on the NVFP4 weights (the activation format alone). Two
 controls show what each figure can see: exchanged gate and up, and a gate scale 5 % too large, which the loss hardly
 notices.
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass
 class Writing:
-    """What a model wrote after each prompt, greedily, and how fast it writes one text."""
+    """What a model wrote after each prompt, greedily, and how fast it writes one text: per second of CPU time."""
 
     name: str
     texts: list[str]
@@ -184,17 +184,23 @@ def texts_of(written: Tensor) -> list[str]:
 
 
 def time_writing(writings: list[Writing], original: Any, model: Any, progress: Progress) -> None:
-    """Fill in the best speeds of some rounds; models take turns, so that what else the machine does meets all."""
-    task = progress.add_task("speed of generate", total=ROUNDS)
+    """Fill in bytes per second of CPU time on one thread, the best of some rounds in which models take turns.
+
+    CPU time, since other work on the machine would count in any other; one thread, since a token of this model is a
+    hundred small operations that two threads only wait for.
+    """
+    task, threads = progress.add_task("speed of generate", total=ROUNDS), torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(ROUNDS):
         for writing in writings:
             if writing.name in MODES:
                 set_activations(model, *MODES[writing.name])
-            started = time.perf_counter()
+            started = time.process_time()
             generate(model if writing.name in MODES else original, PROMPTS[:1], TIMED_BYTES)
-            speed = TIMED_BYTES / (time.perf_counter() - started)
+            speed = TIMED_BYTES / (time.process_time() - started)
             writing.bytes_per_second = max(writing.bytes_per_second, speed)
         progress.advance(task)
+    torch.set_num_threads(threads)
 
 
 def errors(model: nn.Module, seen: list[Seen], exact: list[Tensor]) -> list[float]:

@@ -91,7 +91,7 @@ def draw_text(axes: Axes, result: Result, writing: Writing) -> None:
 
 
 def draw_speed(axes: Axes, result: Result) -> None:
-    """Bytes per second of `generate`, one prompt."""
+    """Bytes that `generate` writes in a second of CPU time, one prompt, one thread."""
     for position, writing in enumerate(result.writings):
         axes.bar(position, writing.bytes_per_second, 0.6, color=GREY if position == 0 else COLOURS[0])
         axes.annotate(f"{writing.bytes_per_second:.1f}", (position, writing.bytes_per_second), ha="center", va="bottom")
@@ -99,7 +99,7 @@ def draw_speed(axes: Axes, result: Result) -> None:
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
-    axes.set_title("generate, bytes/s")
+    axes.set_title("generate, bytes per CPU second")
 
 
 def style(row: Row, position: int) -> dict[str, Any]:
