@@ -376,13 +376,13 @@ def test_pack_and_unpack_are_inverse_byte_for_byte(backend: str) -> None:
             assert torch.equal(before.global_scale, after.global_scale)
 
 
-@pytest.mark.parametrize("backend", ROUTED_BACKENDS)
-def test_every_backend_is_tested_or_says_why_not(backend: str) -> None:
-    if backend not in DEVICES:
+@pytest.mark.parametrize("name", ROUTED_BACKENDS)
+def test_every_backend_is_tested_or_says_why_not(name: str) -> None:
+    if name not in DEVICES:
         problem = dataclasses.replace(PROBLEM, target=target_of("cuda" if torch.cuda.is_available() else "cpu"))
-        reason = get_routed_backend(backend).refusal(problem)
+        reason = get_routed_backend(name).refusal(problem)
         assert reason is not None
-        pytest.skip(f"{backend} {reason}")
+        pytest.skip(f"{name} {reason}")
 
 
 def test_stacks_are_checked() -> None:
