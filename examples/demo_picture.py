@@ -99,7 +99,8 @@ def draw_speed(axes: Axes, result: Result) -> None:
     axes.set_xticks(range(len(names)), names, fontsize=8)
     axes.grid(axis="x", visible=False)
     axes.margins(y=0.12)
-    axes.set_title("generate, bytes per CPU second")
+    axes.set_ylabel("bytes per second of CPU time")
+    axes.set_title("Speed of generate")
 
 
 def style(row: Row, position: int) -> dict[str, Any]:

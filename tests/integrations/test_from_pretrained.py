@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -266,6 +267,28 @@ def test_the_experts_implementation_is_no_matter(load: Load) -> None:
         before = model(**prompt(PROMPT)).logits
         model.set_experts_implementation("nvfp4_experts")
         assert torch.equal(model(**prompt(PROMPT)).logits, before)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dialect", ["modelopt", "hybrid"])
+def test_on_a_gpu(
+    dialect: str, load: Load, checkpoints: dict[str, Path], windows: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    """Moved there, and (where accelerate is) loaded there: text, loss and bytes are the same."""
+    nats = nats_per_byte(load(dialect), *windows)
+    ways = [lambda: load(dialect).to("cuda")]
+    if find_spec("accelerate"):
+        ways.append(lambda: load(dialect, device_map="cuda"))
+    for number, way in enumerate(ways):
+        model = way()
+        assert {e._weights()[0].device.type for e in experts_of(model).values()} == {"cuda"}
+        there = tuple(t.to("cuda") for t in windows)
+        assert nats_per_byte(model, *there) == pytest.approx(nats, abs=NATS_BOUND)
+        batch = {name: t.to("cuda") for name, t in prompt(PROMPT).items()}
+        text = model.generate(**batch, max_new_tokens=12, do_sample=False)
+        assert bytes(text[0, 1 + len(PROMPT) :].tolist()).startswith(b"other):")
+        model.save_pretrained(tmp_path / str(number))
+        assert bytes_of(tmp_path / str(number)) == bytes_of(checkpoints[dialect])
 
 
 # --- whose checkpoint it is ------------------------------------------------------------------------------------------
