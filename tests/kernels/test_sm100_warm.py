@@ -77,6 +77,26 @@ def test_a_shared_expert_is_built_with_all_that_its_calls_launch(
 
 
 @pytest.mark.parametrize("mode", ACTIVATION_SCALES)
+def test_a_shared_expert_beside_routed_ones_is_built_for_its_result_in_fp32(
+    mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = Problem(1040, 528, "nvfp4", Target("cuda", "a GPU", (10, 0), 148), mode)
+    backend, routed = get_backend("sm100"), get_routed_backend("sm100")
+    monkeypatch.setattr(type(backend), "refusal", lambda *_: None)
+    _, compiled = prepared_by(backend, problem, monkeypatch)
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(warm, "make_ready", lambda *arguments: asked.append(arguments))
+    routed.prepare_moe(problem, torch.device("cuda"), MAX_TOKENS)
+    [(_, plans, dtypes)] = asked
+    more = launched_by(lambda launch: warm.call_without_tokens(META, plans, dtypes, launch))
+    kinds = set()
+    for tokens in range(1, MAX_TOKENS + 1, 3):
+        plan = backend.plan(problem.target, mode, 1040, 528, tokens)
+        kinds |= launched_by(call_of(plan, torch.bfloat16, torch.float32, None))
+    assert kinds <= compiled | more and not kinds <= compiled
+
+
+@pytest.mark.parametrize("mode", ACTIVATION_SCALES)
 @pytest.mark.parametrize(("capability", "experts"), [((10, 0), 6), ((10, 3), 384), ((12, 0), 1)], ids=str)
 def test_routed_experts_are_built_with_all_that_their_calls_launch(
     capability: tuple[int, int], experts: int, mode: str, monkeypatch: pytest.MonkeyPatch

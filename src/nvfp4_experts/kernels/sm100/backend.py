@@ -95,11 +95,15 @@ class Sm100Backend:
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Reserve scratch; compile and load what calls with bf16 hidden states run."""
+        self.prepare_for(torch.bfloat16, problem, device, max_tokens)
+
+    def prepare_for(self, dtype: torch.dtype, problem: Problem, device: torch.device, max_tokens: int) -> None:
+        """As `prepare`, with hidden states and a result of that dtype; kernels know the one or the other."""
         from .warm import make_ready
 
         layer = problem.target, problem.activation_scale, problem.hidden, problem.intermediate
         if device.type != "cpu":
-            make_ready(device, [self.plan(*layer, tokens) for tokens in ranges(max_tokens)], (torch.bfloat16,))
+            make_ready(device, [self.plan(*layer, tokens) for tokens in ranges(max_tokens)], (dtype,))
 
     def scratch_bytes(self, device: torch.device) -> int:
         return 0 if device.type == "cpu" else workspace.scratch_bytes(device)

@@ -39,6 +39,11 @@ class Sm100RoutedExperts(StackedExperts):
         if device.type != "cpu":
             make_ready(device, plans, (torch.bfloat16, torch.float16, torch.float32))
 
+    def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
+        """Compile and load what the shared expert launches for its result in fp32."""
+        if self.one.refusal(shared) is None:
+            self.one.prepare_for(torch.float32, shared, device, max_tokens)
+
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
         experts, rows = weights[0].shape[:2]
         layer = target_of(x.device), call.activation_scale, x.shape[1], rows // 2
