@@ -73,6 +73,8 @@ def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]
         ):
             patch.setattr(module, name, calls.get(name, lambda *_: mock.MagicMock()))
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        patch.setattr(routed_decode, "target_of", lambda _: HOPPER)
+        routed_decode._tiles.cache_clear()
         patch.setattr(torch.cuda, "synchronize", calls.get("synchronize", lambda *_: None))
         for activations in ACTIVATIONS:
             problem = Problem(hidden, intermediate, activations, HOPPER)

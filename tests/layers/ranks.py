@@ -9,7 +9,9 @@ stops leaves the others waiting.
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -49,14 +51,26 @@ class World:
 Case = Callable[[World], None]
 
 
-def run_cases(cases: dict[str, Case], scratch: Path) -> dict[str, list[str]]:
-    """Name of each case -> what went wrong, a line or more from each rank with which it did."""
-    torch.multiprocessing.spawn(_rank, (cases, scratch), nprocs=RANKS)
+def run_cases(module: str, scratch: Path) -> dict[str, list[str]]:
+    """Name of each case in the module's CASES -> what went wrong, a line or more from each rank with which it did.
+
+    Processes find the package where this one does: if it has no finder of an editable install, as in
+    tests/mutants/runner.py, nor do they.
+    """
+    torch.multiprocessing.spawn(_rank, (module, scratch, any(map(_is_editable, sys.meta_path))), nprocs=RANKS)
+    cases = importlib.import_module(module).CASES
     outcomes = [json.loads((scratch / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {name: [one.get(name, "not run") for one in outcomes if one.get(name, "not run")] for name in cases}
 
 
-def _rank(rank: int, cases: dict[str, Case], scratch: Path) -> None:
+def _is_editable(finder: object) -> bool:
+    return "editable" in type(finder).__module__
+
+
+def _rank(rank: int, module: str, scratch: Path, editable: bool) -> None:
+    if not editable:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_editable(finder)]
+    cases: dict[str, Case] = importlib.import_module(module).CASES
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody wrote is NaN: see tests/conftest.py
     store = f"file://{scratch / 'store'}"

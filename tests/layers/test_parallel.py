@@ -19,7 +19,7 @@ from tests.layers.ranks import run_cases
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return run_cases(CASES, tmp_path_factory.mktemp("ranks"))
+    return run_cases("tests.layers.parallel_cases", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

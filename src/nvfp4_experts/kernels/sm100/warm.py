@@ -40,13 +40,20 @@ def make_ready(device: torch.device, plans: Sequence[Plan], dtypes: Sequence[tor
 
 
 def compile_side_by_side(calls: Callable[[Launch], None]) -> None:
-    """Compile the kernels that `calls` launches with what it is given, several at a time; none runs."""
+    """Compile the kernels that `calls` launches with what it is given, several at a time; none runs.
+
+    One that does not compile is left to its launch, which compiles it again, alone, and says what is wrong with it: in
+    threads it may be Python 3.11's parser, which counts the depth of all threads together.
+    """
 
     def only_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         kernel.warmup(*arguments, grid=grid, **constants)
 
     def compile_all() -> None:
-        with ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool, triton.AsyncCompileMode(pool):
+        with (
+            ThreadPoolExecutor(min(_COMPILERS, os.cpu_count() or 1)) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
             calls(only_compile)
 
     contextvars.copy_context().run(compile_all)  # Triton 3.6 leaves its mode on where a kernel does not compile
