@@ -10,6 +10,7 @@ where Python's lock is free.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import os
 from collections.abc import Callable, Sequence
@@ -47,7 +48,8 @@ def compile_side_by_side(calls: Callable[[Launch], None]) -> None:
     """
 
     def only_compile(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        kernel.warmup(*arguments, grid=grid, **constants)
+        with contextlib.suppress(SystemError):  # of the parser, see above
+            kernel.warmup(*arguments, grid=grid, **constants)
 
     def compile_all() -> None:
         with (
