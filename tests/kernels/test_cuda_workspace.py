@@ -94,6 +94,21 @@ def test_calls_of_a_stream_share_a_block_and_streams_do_not(device: Device) -> N
     assert carve(CPU, ((64,), torch.uint8))[0].data_ptr() != first.data_ptr()
 
 
+def test_what_lies_behind_outlives_calls_that_carve_less(device: Device) -> None:
+    reserve(CPU, 4096)
+    (kept,) = carve(CPU, ((8,), torch.float32), behind=1000)
+    kept.fill_(7.0)
+    (other,) = carve(CPU, ((1000,), torch.uint8))
+    other.fill_(1)
+    assert (kept == 7.0).all() and kept.data_ptr() - other.data_ptr() == 1024 and device.allocations == 1
+
+
+@pytest.mark.usefixtures("capturing")
+def test_in_a_capture_nothing_is_allocated_to_lie_in_front() -> None:
+    (kept,) = carve(CPU, ((8,), torch.float32), behind=1 << 30)
+    assert kept.untyped_storage().nbytes() == ALIGNMENT
+
+
 def test_a_failed_reservation_changes_nothing(device: Device) -> None:
     reserve(CPU, 4096)
     with pytest.raises(UnsupportedError, match="scratch"):

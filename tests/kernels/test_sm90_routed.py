@@ -12,7 +12,7 @@ from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.cuda.workspace import bytes_of
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem
 from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode
-from nvfp4_experts.kernels.sm90.config import GemmProblem, config_is_legal
+from nvfp4_experts.kernels.sm90.config import ROUTED_TOKENS, TOKENS, GemmProblem, config_is_legal, legal_configs
 from nvfp4_experts.kernels.target import Target
 
 HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
@@ -45,6 +45,12 @@ def test_every_cut_is_legal_and_reached() -> None:
             for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
                 assert config_is_legal(config, GemmProblem(rows, columns, 4096)) and config.parts == 1
     assert [grouped.config_of(slots, 256).tokens for slots in (1, 2048, 2049, 8192, 8193)] == [32, 32, 64, 64, 112]
+
+
+def test_neither_the_rule_nor_tuning_takes_a_cut_that_is_for_routed_experts() -> None:
+    problem = GemmProblem(4096, 4096, 4096)
+    assert {config.tokens for config in legal_configs(problem)} == set(TOKENS)
+    assert {config.tokens for _, config in grouped._CONFIGS} == set(ROUTED_TOKENS) > set(ROUTED_TOKENS) & set(TOKENS)
 
 
 @pytest.mark.parametrize("mode", ["bf16", *ACTIVATION_SCALES])

@@ -55,14 +55,18 @@ def exclusive(device: torch.device) -> threading.RLock:
     return _calls.get(stream) or _calls.setdefault(stream, threading.RLock())
 
 
-def carve(device: torch.device, *parts: Part) -> list[Tensor]:
-    """Uninitialised tensors out of the current stream's scratch, valid until the next call on that stream."""
+def carve(device: torch.device, *parts: Part, behind: int = 0) -> list[Tensor]:
+    """Uninitialised tensors out of the current stream's scratch, valid until the next call on that stream.
+
+    Behind the first `behind` bytes of it, they outlive calls that carve no more than those.
+    """
     device, size = indexed(device), bytes_of(parts)
-    if torch.cuda.is_current_stream_capturing():
-        memory = torch.empty(size, dtype=torch.uint8, device=device)
-    else:
-        memory = _of_stream(_current(device), size)
     carved, offset = [], 0
+    if torch.cuda.is_current_stream_capturing():
+        memory = torch.empty(size, dtype=torch.uint8, device=device)  # nobody else's, wherever it begins
+    else:
+        offset = -(-behind // ALIGNMENT) * ALIGNMENT
+        memory = _of_stream(_current(device), offset + size)
     for shape, dtype in parts:
         length = math.prod(shape) * dtype.itemsize
         carved.append(memory[offset : offset + length].view(dtype).view(shape))

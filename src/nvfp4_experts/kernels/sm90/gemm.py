@@ -199,7 +199,8 @@ def prepare(problem: Problem, device: torch.device, max_tokens: int, result: tor
 
 def enter(x: Tensor, mode: str, scale: Tensor | None, values: Tensor, partials: Tensor | None) -> None:
     """x (T, K) to NVFP4 values (T, K) bf16; scale is read (static) or written."""
-    if mode == "dynamic" and partials is not None:
+    if mode == "dynamic":
+        assert partials is not None, "scratch has them"
         amax_partials(x, partials)
     kernel = enter_kernel("enter_nvfp4", mode, x.dtype, x.device)
     given, made = (scale, None) if mode == "static" else (None, scale)

@@ -133,12 +133,6 @@ def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int
     return parts
 
 
-def carve_addend(x: Tensor, before: int) -> Tensor:
-    """(T, H) fp32 behind the first `before` bytes of scratch, for what a call leaves there for the next."""
-    *_, addend = carve(x.device, ((before,), torch.uint8), (tuple(x.shape), torch.float32))
-    return addend
-
-
 def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.device) -> None:
     """Compile and load what `routed_experts` runs for bf16 hidden states, up to a number of slots."""
     begins = (0, *(most * experts for most, _ in _CONFIGS if most is not None))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..cuda.alignment import run_aligned
-from ..cuda.workspace import bytes_of, exclusive, reserve
+from ..cuda.workspace import bytes_of, carve, exclusive, reserve
 from ..dispatch import Beside, Call, Problem, Routing
 from ..one_by_one import StackedExperts
 from . import gemm, grouped, routed_decode
@@ -85,7 +85,8 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
         gemm.scratch(_mode(of_shared), hidden, beside.weights[2].shape[1], tokens, x.dtype),
         grouped.scratch(_mode(call), hidden, size, experts, tokens, top_k),
     )
-    addend = grouped.carve_addend(x, max(bytes_of(list(layout.values())) for layout in layouts))
+    used = max(bytes_of(list(layout.values())) for layout in layouts)
+    (addend,) = carve(x.device, ((tokens, hidden), torch.float32), behind=used)
     BACKEND.shared_expert(x, beside.weights, of_shared, addend)
     grouped.routed_experts(x, weights, routing, call, out, addend)
 
