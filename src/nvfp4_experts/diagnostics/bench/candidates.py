@@ -134,8 +134,8 @@ class Ours(OurMode):
 
 
 @dataclass(frozen=True)
-class TorchBf16:
-    """The layer without quantisation: two torch linears on weights dequantised to bf16, SwiGLU in fp32."""
+class TorchBf16Mode:
+    """torch on weights dequantised to bf16, wherever torch runs."""
 
     name = "torch bf16"
     ours = False
@@ -144,6 +144,11 @@ class TorchBf16:
 
     def refusal(self, target: Target) -> str | None:
         return None
+
+
+@dataclass(frozen=True)
+class TorchBf16(TorchBf16Mode):
+    """The layer without quantisation: two torch linears, SwiGLU in fp32."""
 
     def prepare(self, weights: Weights, max_tokens: int) -> Prepared:
         gate_up = torch.cat((weights.gate.dequantize(torch.bfloat16), weights.up.dequantize(torch.bfloat16)))

@@ -34,6 +34,7 @@ from ...formats.stack import Nvfp4Stack
 from ...kernels import reference
 from ...layers.routing import weights_of
 from .candidates import Prepared
+from .task import KnownOutputs, shared_expert_output
 from .timing import Call
 from .work import DOWN_STD, GATE_UP_STD, HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, MoeWork, Weights
 
@@ -132,16 +133,16 @@ def draw_weights(work: MoeWork, layers: int, shared: int, device: torch.device) 
     )
 
 
-class MoeTask:
+class MoeTask(KnownOutputs):
     """See `task.Task`; one copy of the weights serves all calls."""
 
     def __init__(self, work: MoeWork, device: torch.device, counts: Sequence[int], rotate: int) -> None:
+        super().__init__()
         self._work, self._device = work, device
         self.steps = {count: draw_steps(work, count, rotate, device) for count in counts}
         chains = self.steps.values()
         layers = 1 + max(step.layer for steps in chains for step in steps)
         self.weights = draw_weights(work, layers, max(map(len, chains)), device)
-        self._known: dict[tuple[int, str, str], Tensor] = {}
 
     def copies(self, nbytes: int) -> int:
         return 1
@@ -154,15 +155,6 @@ class MoeTask:
 
     def input(self, tokens: int) -> Tensor:
         return self._work.expert.check_states(tokens, self._device)
-
-    def output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
-        key = (tokens, activations, activation_scale if activations == "nvfp4" else "")
-        if key not in self._known:
-            self._known[key] = self._output(tokens, activations, activation_scale)
-        return self._known[key]
-
-    def forget(self) -> None:
-        self._known.clear()
 
     def hits(self, tokens: int) -> float | None:
         return sum(step.hits for step in self.steps[tokens]) / len(self.steps[tokens])
@@ -187,17 +179,7 @@ class MoeTask:
         )
         if weights.shared is not None:
             w = weights.shared.one_by_one()[step.place]
-            y += reference.shared_expert(
-                x,
-                w.gate,
-                w.up,
-                w.down,
-                swiglu_limit=SWIGLU_LIMIT,
-                activations=activations,
-                activation_scale=activation_scale,
-                input_scale=torch.tensor(INPUT_SCALE, device=self._device),
-                hidden_scale=torch.tensor(HIDDEN_SCALE, device=self._device),
-            )
+            y += shared_expert_output(x, w, activations, activation_scale)
         return y.bfloat16()
 
 

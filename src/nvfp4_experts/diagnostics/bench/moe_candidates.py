@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...kernels.target import Target
 from ...layers.moe import Nvfp4MoE
 from ...layers.routed_experts import Nvfp4RoutedExperts
 from ...layers.shared_expert import Nvfp4SharedExpert
-from .candidates import BF16_PEER_BOUND, OurMode, Prepared, fused, swiglu
+from .candidates import OurMode, Prepared, TorchBf16Mode, fused, swiglu
 from .moe import WEIGHTING, Experts, MoeWeights, Step
 from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT
 
@@ -85,16 +84,8 @@ class OursMoe(OurMode):
 
 
 @dataclass(frozen=True)
-class TorchBf16Moe:
+class TorchBf16Moe(TorchBf16Mode):
     """The block without quantisation: torch's grouped GEMM on CUDA, elsewhere linears for each hit expert."""
-
-    name = "torch bf16"
-    ours = False
-    reference = ("bf16", "dynamic")
-    bound = BF16_PEER_BOUND
-
-    def refusal(self, target: Target) -> str | None:
-        return None
 
     def prepare(self, weights: MoeWeights, max_tokens: int) -> Prepared:
         layers = [_decoded(experts) for experts in weights.layers]

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels import reference
 from .candidates import Prepared
 from .timing import Call
-from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Work
+from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Weights, Work
 
 Mode = tuple[str, str]  # activations, activation_scale
 
@@ -51,13 +51,47 @@ class Task(Protocol):
         """What no implementation can be faster than, but for units that multiply faster than bf16."""
 
 
-class SharedExpertTask:
+class KnownOutputs:
+    """What both tasks do alike: outputs are computed once, by `_output`."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, str, str], Tensor] = {}
+
+    def output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
+        key = (tokens, activations, activation_scale if activations == "nvfp4" else "")
+        if key not in self._known:
+            self._known[key] = self._output(tokens, activations, activation_scale)
+        return self._known[key]
+
+    def forget(self) -> None:
+        self._known.clear()
+
+    def _output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
+        raise NotImplementedError
+
+
+def shared_expert_output(x: Tensor, weights: Weights, activations: str, activation_scale: str) -> Tensor:
+    """What is right for one shared expert of the bench, (T, H) in the dtype of x."""
+    return reference.shared_expert(
+        x,
+        weights.gate,
+        weights.up,
+        weights.down,
+        swiglu_limit=SWIGLU_LIMIT,
+        activations=activations,
+        activation_scale=activation_scale,
+        input_scale=torch.tensor(INPUT_SCALE, device=x.device),
+        hidden_scale=torch.tensor(HIDDEN_SCALE, device=x.device),
+    )
+
+
+class SharedExpertTask(KnownOutputs):
     """One shared expert; its calls go over enough copies that `rotate` bytes lie between two reads of a weight."""
 
     def __init__(self, work: Work, device: torch.device, rotate: int) -> None:
+        super().__init__()
         self._work, self._device, self._rotate = work, device, rotate
         self.weights = work.weights(device)
-        self._known: dict[tuple[int, str, str], Tensor] = {}
 
     def copies(self, nbytes: int) -> int:
         return max(2, -(-self._rotate // nbytes))
@@ -71,25 +105,8 @@ class SharedExpertTask:
     def input(self, tokens: int) -> Tensor:
         return self._work.check_states(tokens, self._device)
 
-    def output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
-        key = (tokens, activations, activation_scale if activations == "nvfp4" else "")
-        if key not in self._known:
-            w = self.weights
-            self._known[key] = reference.shared_expert(
-                self.input(tokens),
-                w.gate,
-                w.up,
-                w.down,
-                swiglu_limit=SWIGLU_LIMIT,
-                activations=activations,
-                activation_scale=activation_scale,
-                input_scale=torch.tensor(INPUT_SCALE, device=self._device),
-                hidden_scale=torch.tensor(HIDDEN_SCALE, device=self._device),
-            )
-        return self._known[key]
-
-    def forget(self) -> None:
-        self._known.clear()
+    def _output(self, tokens: int, activations: str, activation_scale: str) -> Tensor:
+        return shared_expert_output(self.input(tokens), self.weights, activations, activation_scale)
 
     def hits(self, tokens: int) -> float | None:
         return None
