@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -60,13 +61,14 @@ def prompt(*texts: bytes) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
 
 
-def bytes_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Every tensor of a checkpoint: dtype, shape, bytes."""
+def bytes_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """Every tensor of a checkpoint: dtype, shape, digest of its bytes (of which pytest would print the difference)."""
     checkpoint = open_checkpoint(path)
-    return {
-        name: (info.dtype, info.shape, checkpoint.read(name).reshape(-1).view(torch.uint8).numpy().tobytes())
-        for name, info in checkpoint.tensors.items()
-    }
+    found = {}
+    for name, info in checkpoint.tensors.items():
+        bytes_ = checkpoint.read(name).reshape(-1).view(torch.uint8).numpy()
+        found[name] = info.dtype, info.shape, hashlib.sha256(bytes_).hexdigest()
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import shutil
@@ -45,7 +46,9 @@ def _child(source: Path, log: Path, node_ids: tuple[str, ...]) -> None:
     with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+    faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 10)
+    # With CI set, pytest prints differences whole, however long that takes.
+    for name in [name for name in os.environ if name.startswith("PYTEST_") or name in ("CI", "BUILD_NUMBER")]:
         del os.environ[name]
     # An editable install finds the package in the working tree, whatever the path says.
     sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in type(finder).__module__]
