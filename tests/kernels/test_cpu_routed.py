@@ -58,6 +58,18 @@ def test_threads_and_what_scratch_held_before_change_no_bit(
         assert torch.equal(run("cpu", x, weights, routing, call), want), threads
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 90])
+@pytest.mark.parametrize("mode", NVFP4, ids=str)
+def test_bands_of_every_width(tier: str, mode: tuple[str, str], tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 256 columns of y (few rows, one thread) to 32, the last one narrower than the others."""
+    weights, x = make_experts(5, 1040, 32), torch.randn(tokens, 1040)
+    routing, call = draw_routing(tokens, 3, experts=5), call_of(mode, 5)
+    want = cpu_oracle.routed_experts(x, *weights, routing, call)
+    for threads in (1, 2, 5, 40):
+        monkeypatch.setattr(backend, "cpu_threads", lambda threads=threads: threads)
+        assert torch.equal(run("cpu", x, weights, routing, call), want), threads
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_any_address(tier: str, mode: tuple[str, str], dtype: torch.dtype) -> None:

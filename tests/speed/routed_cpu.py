@@ -6,9 +6,9 @@
 One layer with random weights: --experts routed ones, of which each token takes --top-k, and one shared expert. Tokens
 go to experts in turn, so that the weights a call reads were last used --experts / --top-k calls ago (for one token:
 keep what lies between, 14 MB an expert of V4-Flash, above the size of the caches). Candidates are timed in turn, one
-call at a time, Python included, and a sum over a large tensor with them. Milliseconds of the median call, and of the
-one that a tenth are faster than (what other work on the machine disturbs less); "of read": bytes of the NVFP4 weights
-that the call must read over its time, over bytes of the large tensor over the time of its sum.
+call at a time, Python included, and with them a sum over a large tensor, on large pages. Milliseconds of the median
+call, and of the one that a tenth are faster than (what other work on the machine disturbs less); "of read": bytes of
+the NVFP4 weights that the call must read over its time, over bytes of the large tensor over the time of its sum.
 
 --cpu-time takes one thread and its CPU time in place of the clock: to compare two versions on a machine that is busy.
 """
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from nvfp4_experts import Nvfp4RoutedExperts, Nvfp4SharedExpert
 from nvfp4_experts.formats.stack import Nvfp4Stack
+from nvfp4_experts.kernels.cpu.pages import on_large_pages
 from nvfp4_experts.kernels.target import cpu_threads
 
 READ_BYTES = 512 << 20
@@ -108,7 +109,7 @@ def main() -> None:
     for activations in ("nvfp4", "bf16"):
         candidates[activations], candidates[f"{activations} + shared"] = ours(options, activations)
     candidates["torch bf16"], candidates["torch bf16 + shared"] = transformers_bf16(options)
-    large = torch.ones(READ_BYTES // 4)
+    large = on_large_pages(torch.ones(READ_BYTES // 4))
     candidates["read"] = lambda *_: large.sum()
     expert = BYTES_PER_WEIGHT * 3 * options.hidden * options.intermediate
     print(f"{cpu_threads()} threads")

@@ -33,9 +33,14 @@ class StackedExperts:
         stacks: dict[str, Tensor] = {}
         for expert in range(len(gate)):
             for name, tensor in self.one.pack(gate[expert], up[expert], down[expert]).items():
-                stack = stacks.setdefault(name, tensor.new_empty((len(gate), *tensor.shape)))
-                stack[expert] = tensor
+                if name not in stacks:
+                    stacks[name] = self.room(tensor, len(gate))
+                stacks[name][expert] = tensor
         return stacks
+
+    def room(self, tensor: Tensor, experts: int) -> Tensor:
+        """Memory for so many of that tensor, stacked."""
+        return tensor.new_empty((experts, *tensor.shape))
 
     def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Stack, ...]:
         experts = len(next(iter(weights.values())))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What this device reaches on the two things a layer is made of: streaming bytes, and multiplying matrices.
 
-    read    a reduction over a tensor far larger than the caches, bytes / second; the fastest of two ways to reduce
+    read    a reduction over a tensor far larger than the caches, bytes / second; the fastest of two ways to reduce. In
+            the memory of a CPU it lies on large pages, as our weights do
     matmul  n x n x n, bf16 (off CUDA also fp32, whichever is faster), 2 n^3 FLOP / second
 
 Each is the median of several rounds. A ceiling is what was reached here by simple means, not what a data sheet says:
@@ -18,6 +19,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from ...kernels.cpu.pages import on_large_pages
 from .timing import seconds_per_call
 
 _ROUNDS = 5
@@ -55,7 +57,7 @@ def measure_ceilings(device: torch.device, rotation_bytes: int, matmul_size: int
 
 def _reads(nbytes: int, device: torch.device) -> dict[str, tuple[float, Callable[[], object]]]:
     columns = 1 << 14
-    x = torch.ones(max(1, nbytes // 4 // columns), columns, device=device)
+    x = on_large_pages(torch.ones(max(1, nbytes // 4 // columns), columns, device=device))
     name = f"sum over {x.nbytes / 1e9:.2g} GB of fp32"
     return {f"{name}, whole": (x.nbytes, x.sum), f"{name}, by rows": (x.nbytes, lambda: x.sum(-1))}
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """CPUs: the whole layer in one native call, the same bits at any number of threads, and for nvfp4 in any tier.
 
-    resident   0.5625 bytes per weight, and 2 bytes per row
+    resident   0.5625 bytes per weight, and 2 bytes per row; on large pages where the system has them
     scratch    per calling thread: x and h as they enter, and h in fp32; at most CHUNK tokens at a time, but for
                "dynamic", whose scale needs h of the whole batch
 
@@ -25,6 +25,7 @@ from ...layouts.weights import deinterleave_rows, interleave_rows, row_amax
 from .. import native
 from ..dispatch import ACTIVATION_SCALES, Call, Problem
 from ..target import cpu_threads
+from .pages import on_large_pages
 
 CHUNK = 1024
 _ACTIVATIONS = {"bf16": 0, "fp8": 1, "nvfp4": 2}
@@ -50,10 +51,10 @@ class CpuBackend:
         gate_bytes, up_bytes = gate.block_scales.view(torch.uint8), up.block_scales.view(torch.uint8)
         gate_up_scales = interleave_rows(gate_bytes, up_bytes, ROWS).view(torch.float8_e4m3fn)
         return {
-            "gate_up_rows": pack_rows(interleave_rows(gate.codes, up.codes, ROWS), gate_up_scales),
+            "gate_up_rows": on_large_pages(pack_rows(interleave_rows(gate.codes, up.codes, ROWS), gate_up_scales)),
             "gate_up_global_scales": torch.stack((gate.global_scale, up.global_scale)),
             "gate_up_row_amax": torch.cat((row_amax(gate), row_amax(up))),
-            "down_rows": pack_rows(down.codes, down.block_scales),
+            "down_rows": on_large_pages(pack_rows(down.codes, down.block_scales)),
             "down_global_scale": down.global_scale.reshape(1),
             "down_row_amax": row_amax(down),
         }

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on a CPU: the whole layer in one native call (csrc/routed_experts.cpp).
 
-    scratch    per calling thread, for T * k rows: h as it enters, and 128 bytes for each thread that works; for 4096 of
-               them at most ("dynamic": all) x as it enters, and h in fp32
+    scratch    per calling thread, for T * k rows: h as it enters, and for each thread that works 128 bytes (of few rows
+               up to 1 KiB); for 4096 of them at most ("dynamic": all) x as it enters, and h in fp32
 
 For nvfp4 every tier and any number of threads give the same bits. Weights of an expert that no token goes to are not
 read, the others once for each 128 of its rows.
@@ -18,10 +18,14 @@ from .. import native
 from ..dispatch import Call, Routing
 from ..one_by_one import StackedExperts
 from .backend import BACKEND, ELEMENT, loaded_library, native_call, scratch
+from .pages import on_large_pages
 
 
 class CpuRoutedExperts(StackedExperts):
     """See the module docstring."""
+
+    def room(self, tensor: Tensor, experts: int) -> Tensor:
+        return on_large_pages(super().room(tensor, experts))
 
     def routed_experts(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
         loaded, layer = loaded_library(), native_call(x, weights, call)

@@ -24,7 +24,9 @@ namespace nvfp4 {
 namespace {
 
 constexpr int64_t kBatchRows = 4096;
-constexpr int64_t kBandRows = 2 * kRows;  // columns of y that a thread takes at a time
+constexpr int64_t kPairRows = 2 * kRows;       // columns of y of a pair of tiles
+constexpr int64_t kMostBandRows = 8 * kPairRows;  // of a band: what a thread takes of every expert before it adds
+constexpr int64_t kBandBytes = 1 << 18;         // of down's rows for a band: what the second-level cache has room for
 
 struct Block {
   int64_t expert, first, rows;
@@ -35,14 +37,17 @@ struct Routed : Layout {
   const RoutedCall& given;
   const Call& call;
   const Kernels& kernels;
-  int64_t slots, batch_rows, workers;
+  int64_t slots, batch_rows, band_rows, workers;
   int64_t values, h, h_values, scales, amax, expert_amax, factors, token_of, row_of, first_of, blocks, down_rows;
 
   explicit Routed(const RoutedCall& routed)
       : given(routed), call(routed.layer), kernels(*tier_at(routed.layer.tier)->kernels) {
     slots = call.tokens * given.top_k;
     batch_rows = dynamic() || slots < kBatchRows ? slots : kBatchRows;
-    workers = pieces(call.hidden, kBandRows);
+    band_rows = kMostBandRows;  // the wider, the longer a thread reads on where it is
+    while (band_rows > kPairRows && (band_rows * slots * 4 > kBandBytes || band_rows * call.threads * 4 > call.hidden))
+      band_rows /= 2;
+    workers = pieces(call.hidden, band_rows);
     if (call.threads < workers) workers = call.threads;
     const int64_t most_blocks = (slots < given.experts ? slots : given.experts) + slots / kTokenBlock;
     values = take(batch_rows * x_bytes());
@@ -56,7 +61,7 @@ struct Routed : Layout {
     row_of = take(slots * 8);
     first_of = take((given.experts + 1) * 8);
     blocks = take(most_blocks * sizeof(Block));
-    down_rows = take(workers * slots * kBandRows * 4);
+    down_rows = take(workers * slots * band_rows * 4);
   }
 
   bool dynamic() const { return call.activations == kNvfp4 && call.scale_mode == kDynamic; }
@@ -175,19 +180,20 @@ void down_and_add(const Routed& r, const Block* blocks, int64_t count) {
   const float* weights = r.given.weigh_after_down ? r.given.weights : nullptr;
   std::atomic<int64_t> next{0};
   run(static_cast<int>(r.workers), r.workers, [&](int64_t worker) {
-    float* rows = r.part<float>(r.down_rows) + worker * r.slots * kBandRows;
-    for (int64_t band; (band = next.fetch_add(1, std::memory_order_relaxed)) * kBandRows < call.hidden;) {
+    float* rows = r.part<float>(r.down_rows) + worker * r.slots * r.band_rows;
+    for (int64_t band; (band = next.fetch_add(r.band_rows, std::memory_order_relaxed)) < call.hidden;) {
+      const int64_t end = band + r.band_rows < call.hidden ? band + r.band_rows : call.hidden;
       for (const Block* b = blocks; b < blocks + count; ++b) {
         const Half half{call.down + b->expert * weight_bytes(call.hidden, call.intermediate), call.hidden,
                         call.intermediate, call.down_row_amax + b->expert * call.hidden,
                         call.down_global_scale + b->expert, r.part<uint8_t>(r.h_values) + b->first * r.h_bytes(),
                         r.part<float>(r.scales) + b->first, nullptr, b->rows, call.activations, kElementFp32, call.clamp,
-                        rows + b->first * kBandRows, kBandRows, band * kBandRows};
-        r.kernels.down(half, 0, band);
+                        rows + b->first * r.band_rows, r.band_rows, band};
+        for (int64_t row = band; row < end; row += kPairRows) r.kernels.down(half, 0, row / kPairRows);
       }
-      r.kernels.add_slots({rows, r.part<int64_t>(r.row_of), weights, call.tokens, r.given.top_k, kBandRows, call.y,
+      r.kernels.add_slots({rows, r.part<int64_t>(r.row_of), weights, call.tokens, r.given.top_k, r.band_rows, call.y,
                            r.given.out_element, call.hidden},
-                          band * kBandRows);
+                          band);
     }
   });
 }
