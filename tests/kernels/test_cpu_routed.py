@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +13,12 @@ from torch import Tensor
 
 from nvfp4_experts.kernels import native
 from nvfp4_experts.kernels.cpu import backend
-from nvfp4_experts.kernels.dispatch import Routing
+from nvfp4_experts.kernels.cpu.backend import BACKEND, CpuBackend
+from nvfp4_experts.kernels.cpu.routed import ROUTED
+from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Beside, Call, Routing
 from nvfp4_experts.layers.routed_experts import Nvfp4RoutedExperts
 from tests.kernels import cpu_oracle
-from tests.kernels.test_routed_experts import MODES, call_of, draw_routing, make_experts, run
+from tests.kernels.test_routed_experts import LIMIT, MODES, call_of, draw_routing, make_experts, run
 
 LOADED, REASON = native.load()
 if LOADED is None:
@@ -68,6 +72,70 @@ def test_bands_of_every_width(tier: str, mode: tuple[str, str], tokens: int, mon
     for threads in (1, 2, 5, 40):
         monkeypatch.setattr(backend, "cpu_threads", lambda threads=threads: threads)
         assert torch.equal(run("cpu", x, weights, routing, call), want), threads
+
+
+def moe_both_ways(
+    x: Tensor, routing: Routing, calls: tuple[Call, Call], channels: int = 48, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """A layer with a shared expert: as the backend runs it, and one after the other."""
+    hidden = x.shape[1]
+    packed = list(ROUTED.pack(*make_experts(9, hidden, 48)).values())
+    gate, up, down = make_experts(2, hidden, channels)
+    beside = Beside(BACKEND, list(BACKEND.pack(gate[1], up[1], down[1]).values()), calls[1])
+    results = []
+    for moe in (ROUTED.moe, super(type(ROUTED), ROUTED).moe):
+        out = torch.empty(x.shape, dtype=dtype)
+        moe(x, packed, routing, calls[0], beside, out)
+        results.append(out)
+    return results[0], results[1]
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("tokens", [1, 7, 300, 1100])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_shared_expert_in_the_same_call(
+    tier: str, mode: tuple[str, str], tokens: int, weighting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit what the two calls and their sum give, also where its rows end in another batch than they begin."""
+    alone: list[object] = []
+    monkeypatch.setattr(CpuBackend, "shared_expert", spied(CpuBackend.shared_expert, alone))
+    routed, shared = call_of(mode), Call(LIMIT, *mode, torch.tensor([3.0]) / 2688, torch.tensor([2.7]) / 2688)
+    x, routing = torch.randn(tokens, 80), draw_routing(tokens, 4, weighting)
+    one_call, two_calls = moe_both_ways(x, routing, (routed, shared))
+    assert torch.equal(one_call, two_calls) and len(alone) == 1
+    nobody = Routing(torch.full_like(routing.indices, -1), routing.weights, weighting)
+    one_call, two_calls = moe_both_ways(x, nobody, (routed, shared))
+    assert torch.equal(one_call, two_calls) and one_call.count_nonzero() > 0
+    one_call, two_calls = moe_both_ways(x.bfloat16(), routing, (routed, shared), dtype=torch.bfloat16)
+    assert torch.equal(one_call, two_calls)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"channels": 80},
+        {"calls": (call_of(("nvfp4", "dynamic")), Call(LIMIT, "bf16", "dynamic"))},
+        {"calls": (call_of(("nvfp4", "dynamic")), Call(LIMIT, "nvfp4", "per_token"))},
+        {"calls": (call_of(("nvfp4", "dynamic")), Call(0.5, "nvfp4", "dynamic"))},
+    ],
+    ids=["size", "format", "scale", "limit"],
+)
+def test_a_shared_expert_that_differs_runs_after_them(other: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[object] = []
+    monkeypatch.setattr(CpuBackend, "shared_expert", spied(CpuBackend.shared_expert, alone))
+    options = {"calls": (call_of(("nvfp4", "dynamic")),) * 2} | other
+    one, other_way = moe_both_ways(torch.randn(7, 80), draw_routing(7, 4), **options)
+    assert torch.equal(one, other_way) and len(alone) == 2
+
+
+def spied(function: Callable[..., None], calls: list[object]) -> Callable[..., None]:
+    """The function, which notes that it was called."""
+
+    def noted(*arguments: Any) -> None:
+        calls.append(arguments)
+        function(*arguments)
+
+    return noted
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

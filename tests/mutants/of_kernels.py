@@ -178,6 +178,13 @@ OF_KERNELS = (
         "tests/kernels/test_cpu_routed.py::test_more_rows_than_a_batch",
     ),
     Mutant(
+        "C++, routed: the shared expert has the first routed one's scales",
+        "kernels/cpu/csrc/routed_experts.cpp",
+        "call.scale_mode, scale_of(of.hidden_scale, number),",
+        "call.scale_mode, scale_of(call.hidden_scale, number),",
+        "tests/kernels/test_cpu_routed.py::test_a_shared_expert_in_the_same_call",
+    ),
+    Mutant(
         "an edited checkout runs old code",
         "kernels/native.py",
         "if expected is not None and library.source_digest != expected:",

@@ -49,6 +49,7 @@ class RoutedCall(ctypes.Structure):
     _fields_ = (
         ("layer", Call),
         *((name, ctypes.c_void_p) for name in ("indices", "weights")),
+        ("shared", ctypes.POINTER(Call)),
         *((name, ctypes.c_int64) for name in ("top_k", "experts")),
         *((name, ctypes.c_int32) for name in ("index_bytes", "out_element", "weigh_after_down")),
     )

@@ -117,7 +117,9 @@ uint64_t run(int tier, Shape shape, int32_t activations, int32_t mode, int32_t e
   memset(y.data(), 0xA5, y.bytes);
   call.y = y.data();
   for (int32_t after_down = 0; after_down < 2; ++after_down) {
-    RoutedCall given{call, indices.data(), weights.data(), 3, e, sizeof(Name), nvfp4::kElementFp32, after_down};
+    // With weights after down, the first expert is a shared one too.
+    const Call* shared = after_down ? &call : nullptr;
+    RoutedCall given{call, indices.data(), weights.data(), shared, 3, e, sizeof(Name), nvfp4::kElementFp32, after_down};
     Memory<uint8_t> scratch(nvfp4_routed_scratch_bytes(&given));
     memset(scratch.data(), 0xFF, scratch.bytes);
     given.layer.scratch = scratch.data();

@@ -97,6 +97,16 @@ def loaded_library() -> native.Library:
 
 def native_call(x: Tensor, weights: list[Tensor], call: Call) -> native.Call:
     """A call, but for where x and y begin, how many tokens there are, and scratch; weights of the (first) expert."""
+    expert = native_expert(weights, call)
+    expert.hidden, expert.intermediate = x.shape[1], weights[2].shape[-1] // 2
+    expert.clamp, expert.element = call.clamp, ELEMENT[x.dtype]
+    expert.activations, expert.scale_mode = _ACTIVATIONS[call.activations], _SCALE_MODE[call.activation_scale]
+    expert.threads, expert.tier = cpu_threads(), native.tier().index
+    return expert
+
+
+def native_expert(weights: list[Tensor], call: Call) -> native.Call:
+    """Of a call, what belongs to the (first) expert: its weights, their scales and its static scales."""
     gate_up, gate_up_scales, gate_up_amax, down, down_scale, down_amax = weights
     return native.Call(
         gate_up=gate_up.data_ptr(),
@@ -107,14 +117,6 @@ def native_call(x: Tensor, weights: list[Tensor], call: Call) -> native.Call:
         down_row_amax=down_amax.data_ptr(),
         input_scale=None if call.input_scale is None else call.input_scale.data_ptr(),
         hidden_scale=None if call.hidden_scale is None else call.hidden_scale.data_ptr(),
-        hidden=x.shape[1],
-        intermediate=gate_up_amax.shape[-1] // 2,
-        clamp=call.clamp,
-        element=ELEMENT[x.dtype],
-        activations=_ACTIVATIONS[call.activations],
-        scale_mode=_SCALE_MODE[call.activation_scale],
-        threads=cpu_threads(),
-        tier=native.tier().index,
     )
 
 

@@ -46,11 +46,13 @@ struct Call {
   int32_t tier;
 };
 
-// Routed experts: what `Call` says of one expert is here said of the first; those of the others follow it in memory.
+// Routed experts: what `Call` says of one expert is here said of the first; those of the others follow it in memory. Of
+// `shared` only that which belongs to an expert is read; its sizes and its format are those of the layer.
 struct RoutedCall {
   Call layer;
   const void* indices;   // (T, k) of index_bytes each; outside [0, experts): not here
   const float* weights;  // (T, k)
+  const Call* shared;    // an expert that every token goes to, unweighted, after its slots; or null
   int64_t top_k;
   int64_t experts;
   int32_t index_bytes;        // 4 or 8
@@ -119,7 +121,7 @@ struct Half {
 struct Sum {
   const float* rows;      // (rows, width)
   const int64_t* row_of;  // (T, k), the row of a slot; below 0: not here
-  const float* weights;   // (T, k) of rows; or null
+  const float* factors;   // (rows,); or null
   int64_t tokens;
   int64_t top_k;
   int64_t width;

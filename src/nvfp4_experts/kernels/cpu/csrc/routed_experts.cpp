@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Routed experts in one call. A row is a slot that is here; rows of one expert lie together, in the order of slots, and a
-// block is up to kTokenBlock rows of one expert.
+// block is up to kTokenBlock rows of one expert. A shared expert is one more expert, and every token's last slot.
 //
 //   1  enter     x -> values            by groups of rows, gathered
 //   2  gate_up   values -> h (fp32)     by blocks x tiles of 16 channels
@@ -37,29 +37,31 @@ struct Routed : Layout {
   const RoutedCall& given;
   const Call& call;
   const Kernels& kernels;
-  int64_t slots, batch_rows, band_rows, workers;
+  int64_t experts, slots_of_token, slots, batch_rows, band_rows, workers;  // a shared expert counted
   int64_t values, h, h_values, scales, amax, expert_amax, factors, token_of, row_of, first_of, blocks, down_rows;
 
   explicit Routed(const RoutedCall& routed)
       : given(routed), call(routed.layer), kernels(*tier_at(routed.layer.tier)->kernels) {
-    slots = call.tokens * given.top_k;
+    experts = given.experts + (given.shared ? 1 : 0);
+    slots_of_token = given.top_k + (given.shared ? 1 : 0);
+    slots = call.tokens * slots_of_token;
     batch_rows = dynamic() || slots < kBatchRows ? slots : kBatchRows;
     band_rows = kMostBandRows;  // the wider, the longer a thread reads on where it is
     while (band_rows > kPairRows && (band_rows * slots * 4 > kBandBytes || band_rows * call.threads * 4 > call.hidden))
       band_rows /= 2;
     workers = pieces(call.hidden, band_rows);
     if (call.threads < workers) workers = call.threads;
-    const int64_t most_blocks = (slots < given.experts ? slots : given.experts) + slots / kTokenBlock;
+    const int64_t most_blocks = (slots < experts ? slots : experts) + slots / kTokenBlock;
     values = take(batch_rows * x_bytes());
     h = take(batch_rows * call.intermediate * 4);
     h_values = take(slots * h_bytes());
     scales = take(slots * 4);
     amax = take(slots * 4);
-    expert_amax = take(given.experts * 4);
+    expert_amax = take(experts * 4);
     factors = take(slots * 4);
     token_of = take(slots * 8);
     row_of = take(slots * 8);
-    first_of = take((given.experts + 1) * 8);
+    first_of = take((experts + 1) * 8);
     blocks = take(most_blocks * sizeof(Block));
     down_rows = take(workers * slots * band_rows * 4);
   }
@@ -74,22 +76,35 @@ struct Routed : Layout {
   }
 };
 
-int64_t expert_of(const RoutedCall& given, int64_t slot) {
-  if (given.index_bytes == 8) return static_cast<const int64_t*>(given.indices)[slot];
-  return static_cast<const int32_t*>(given.indices)[slot];
+// Where an expert's weights and scales are: in which call, as which of its experts.
+struct Place {
+  const Call& call;
+  int64_t number;
+};
+
+Place place_of(const Routed& r, int64_t expert) {
+  return expert < r.given.experts ? Place{r.call, expert} : Place{*r.given.shared, 0};
+}
+
+// The expert of a slot; -1 if it is not here.
+int64_t expert_of(const Routed& r, int64_t token, int64_t slot) {
+  if (slot == r.given.top_k) return r.given.experts;
+  const int64_t at = token * r.given.top_k + slot;
+  const int64_t expert = r.given.index_bytes == 8 ? static_cast<const int64_t*>(r.given.indices)[at]
+                                                  : static_cast<const int32_t*>(r.given.indices)[at];
+  return expert >= 0 && expert < r.given.experts ? expert : -1;
 }
 
 // Rows in the order of experts, and of slots within one; returns how many blocks they make.
 int64_t group_slots(const Routed& r) {
-  const int64_t experts = r.given.experts;
   int64_t* first_of = r.part<int64_t>(r.first_of);
-  memset(first_of, 0, (experts + 1) * 8);
-  auto here = [&](int64_t expert) { return expert >= 0 && expert < experts; };
-  for (int64_t slot = 0; slot < r.slots; ++slot)
-    if (const int64_t expert = expert_of(r.given, slot); here(expert)) ++first_of[expert + 1];
+  memset(first_of, 0, (r.experts + 1) * 8);
+  for (int64_t token = 0; token < r.call.tokens; ++token)
+    for (int64_t slot = 0; slot < r.slots_of_token; ++slot)
+      if (const int64_t expert = expert_of(r, token, slot); expert >= 0) ++first_of[expert + 1];
   Block* blocks = r.part<Block>(r.blocks);
   int64_t count = 0;
-  for (int64_t expert = 0; expert < experts; ++expert) {
+  for (int64_t expert = 0; expert < r.experts; ++expert) {
     const int64_t rows = first_of[expert + 1], first = first_of[expert];
     for (int64_t done = 0; done < rows; done += kTokenBlock)
       blocks[count++] = {expert, first + done, rows - done < kTokenBlock ? rows - done : kTokenBlock};
@@ -97,13 +112,14 @@ int64_t group_slots(const Routed& r) {
   }
   int64_t *token_of = r.part<int64_t>(r.token_of), *row_of = r.part<int64_t>(r.row_of);
   float* factors = r.part<float>(r.factors);
-  for (int64_t slot = 0; slot < r.slots; ++slot) {
-    const int64_t expert = expert_of(r.given, slot);
-    row_of[slot] = here(expert) ? first_of[expert]++ : -1;
-    if (row_of[slot] < 0) continue;
-    token_of[row_of[slot]] = slot / r.given.top_k;
-    factors[row_of[slot]] = r.given.weights[slot];
-  }
+  for (int64_t token = 0; token < r.call.tokens; ++token)
+    for (int64_t slot = 0; slot < r.slots_of_token; ++slot) {
+      const int64_t expert = expert_of(r, token, slot);
+      int64_t& row = row_of[token * r.slots_of_token + slot] = expert < 0 ? -1 : first_of[expert]++;
+      if (row < 0) continue;
+      token_of[row] = token;
+      factors[row] = slot < r.given.top_k ? r.given.weights[token * r.given.top_k + slot] : 1.0f;
+    }
   return count;
 }
 
@@ -125,7 +141,7 @@ void amax_of_h(const Routed& r, const Block* blocks, int64_t count, const float*
   const int64_t rows = blocks[count - 1].first + blocks[count - 1].rows, columns = r.call.intermediate;
   run(threads_for(r, rows * columns), rows,
       [&](int64_t row) { amax[row] = r.kernels.row_amax(h, kElementFp32, row, columns); });
-  memset(of_expert, 0, r.given.experts * 4);
+  memset(of_expert, 0, r.experts * 4);
   for (const Block* block = blocks; block < blocks + count; ++block)
     for (int64_t row = block->first; row < block->first + block->rows; ++row)
       of_expert[block->expert] = amax[row] > of_expert[block->expert] ? amax[row] : of_expert[block->expert];
@@ -152,24 +168,27 @@ void enter_to_h(const Routed& r, const Block* blocks, int64_t count, const uint3
   auto scale_of = [](const float* of_all, int64_t expert) { return of_all ? of_all + expert : nullptr; };
 
   enter(r, blocks, count, rows * call.hidden, [&](const Block& b) {
+    const auto& [of, number] = place_of(r, b.expert);
     return Entry{call.x, r.part<int64_t>(r.token_of) + b.first, b.rows, call.hidden, call.element, call.activations,
-                 call.scale_mode, scale_of(call.input_scale, b.expert), &x_amax,
+                 call.scale_mode, scale_of(of.input_scale, number), &x_amax,
                  values + (b.first - first) * r.x_bytes(), scales + b.first};
   });
   const int64_t channels = call.intermediate / kRows;
   run(call.threads, count * channels, [&](int64_t index) {
     const Block& b = blocks[index / channels];
+    const auto& [of, number] = place_of(r, b.expert);
     const int64_t gate_up_rows = 2 * call.intermediate;
-    const Half half{call.gate_up + b.expert * weight_bytes(gate_up_rows, call.hidden), call.intermediate, call.hidden,
-                    call.gate_up_row_amax + b.expert * gate_up_rows, call.gate_up_global_scales + 2 * b.expert,
+    const Half half{of.gate_up + number * weight_bytes(gate_up_rows, call.hidden), call.intermediate, call.hidden,
+                    of.gate_up_row_amax + number * gate_up_rows, of.gate_up_global_scales + 2 * number,
                     values + (b.first - first) * r.x_bytes(), scales + b.first, factors ? factors + b.first : nullptr,
                     b.rows, call.activations, kElementFp32, call.clamp, h + (b.first - first) * call.intermediate, 0, 0};
     r.kernels.gate_up(half, 0, index % channels);
   });
   if (r.dynamic()) amax_of_h(r, blocks, count, h);
   enter(r, blocks, count, rows * call.intermediate, [&](const Block& b) {
+    const auto& [of, number] = place_of(r, b.expert);
     return Entry{h + (b.first - first) * call.intermediate, nullptr, b.rows, call.intermediate, kElementFp32,
-                 call.activations, call.scale_mode, scale_of(call.hidden_scale, b.expert), h_amax + b.expert,
+                 call.activations, call.scale_mode, scale_of(of.hidden_scale, number), h_amax + b.expert,
                  h_values + b.first * r.h_bytes(), scales + b.first};
   });
 }
@@ -177,21 +196,22 @@ void enter_to_h(const Routed& r, const Block* blocks, int64_t count, const uint3
 // Step 4.
 void down_and_add(const Routed& r, const Block* blocks, int64_t count) {
   const Call& call = r.call;
-  const float* weights = r.given.weigh_after_down ? r.given.weights : nullptr;
+  const float* factors = r.given.weigh_after_down ? r.part<float>(r.factors) : nullptr;
   std::atomic<int64_t> next{0};
   run(static_cast<int>(r.workers), r.workers, [&](int64_t worker) {
     float* rows = r.part<float>(r.down_rows) + worker * r.slots * r.band_rows;
     for (int64_t band; (band = next.fetch_add(r.band_rows, std::memory_order_relaxed)) < call.hidden;) {
       const int64_t end = band + r.band_rows < call.hidden ? band + r.band_rows : call.hidden;
       for (const Block* b = blocks; b < blocks + count; ++b) {
-        const Half half{call.down + b->expert * weight_bytes(call.hidden, call.intermediate), call.hidden,
-                        call.intermediate, call.down_row_amax + b->expert * call.hidden,
-                        call.down_global_scale + b->expert, r.part<uint8_t>(r.h_values) + b->first * r.h_bytes(),
+        const auto& [of, number] = place_of(r, b->expert);
+        const Half half{of.down + number * weight_bytes(call.hidden, call.intermediate), call.hidden,
+                        call.intermediate, of.down_row_amax + number * call.hidden,
+                        of.down_global_scale + number, r.part<uint8_t>(r.h_values) + b->first * r.h_bytes(),
                         r.part<float>(r.scales) + b->first, nullptr, b->rows, call.activations, kElementFp32, call.clamp,
                         rows + b->first * r.band_rows, r.band_rows, band};
         for (int64_t row = band; row < end; row += kPairRows) r.kernels.down(half, 0, row / kPairRows);
       }
-      r.kernels.add_slots({rows, r.part<int64_t>(r.row_of), weights, call.tokens, r.given.top_k, r.band_rows, call.y,
+      r.kernels.add_slots({rows, r.part<int64_t>(r.row_of), factors, call.tokens, r.slots_of_token, r.band_rows, call.y,
                            r.given.out_element, call.hidden},
                           band);
     }

@@ -232,9 +232,10 @@ static void add_slots(const Sum& sum, int64_t first_column) {
     for (int64_t column = 0; column < columns; column += kLanes) {
       F total{};
       for (int64_t slot = t * sum.top_k; slot < (t + 1) * sum.top_k; ++slot) {
-        if (sum.row_of[slot] < 0) continue;
-        F row = load<F>(sum.rows + sum.row_of[slot] * sum.width + column);
-        total += sum.weights ? row * splat(sum.weights[slot]) : row;
+        const int64_t at = sum.row_of[slot];
+        if (at < 0) continue;
+        F row = load<F>(sum.rows + at * sum.width + column);
+        total += sum.factors ? row * splat(sum.factors[at]) : row;
       }
       store_elements(sum.y, sum.element, t * sum.hidden + first_column + column, total);
     }
