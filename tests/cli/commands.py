@@ -22,8 +22,8 @@ ENVIRONMENT = {
 
 
 def invoke(*arguments: object, code: int = 0) -> Result:
-    """Run a command in this process; its exit code must be `code`."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    """Run a command in this process, as wide as in a pipe; its exit code must be `code`."""
+    result = CliRunner(env={"COLUMNS": None}).invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     return result
 

@@ -33,9 +33,3 @@ def compressed(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     path = tmp_path_factory.mktemp("cli") / "compressed"
     invoke("quantize", tiny_checkpoint, path, "--dialect", "compressed-tensors", "--experts", "all")
     return path
-
-
-@pytest.fixture(autouse=True)
-def piped_width(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output as wide as in a pipe, wherever the tests run: pytest-xdist sets COLUMNS for its workers."""
-    monkeypatch.delenv("COLUMNS", raising=False)

@@ -144,7 +144,7 @@ def calls(launch: Launch) -> None:
 
 
 def test_kernels_compile_side_by_side_once_and_are_kept_on_disk(compiled: list[bool]) -> None:
-    both, together = threading.Barrier(2, timeout=60), []
+    both, together = threading.Barrier(2, timeout=20), []
 
     def listener(*, cache_hit: bool, **_: Any) -> None:
         compiled.append(cache_hit)

@@ -220,7 +220,7 @@ MUTANTS = (
         "kernels/one_by_one.py",
         "total.add_(more)",
         "total.add_(more.to(x.dtype))",
-        "tests/layers/test_moe.py::test_routed_and_shared_are_added_in_fp32_and_rounded_once",
+        "tests/kernels/test_cpu_routed.py::test_a_shared_expert_in_the_same_call",
     ),
     # bench
     Mutant(
