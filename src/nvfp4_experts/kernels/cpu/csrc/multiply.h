@@ -152,7 +152,66 @@ static void multiply_float(const FloatPanel& panel, int tile, const uint8_t* x, 
   store_sums<R, N>(sums, tile, sum);
 }
 
-#if defined(__AVX512BF16__)
+#if !defined(__AVX512BF16__)
+#if defined(__AVX2__)
+struct alignas(64) FloatTable {
+  float of[16];
+  constexpr FloatTable() : of{} {
+    for (int code = 0; code < 16; ++code) of[code] = static_cast<float>(twice_e2m1(code)) / 2;
+    of[8] = -0.0f;
+  }
+};
+constexpr FloatTable kFloats;
+#endif
+
+// e2m1 as fp32 of the lowest four bits of each lane.
+NVFP4_INLINE F decode_code(U code) {
+#if defined(__AVX512F__)
+  return _mm512_permutexvar_ps((__m512i)code, _mm512_load_ps(kFloats.of));
+#elif defined(__AVX2__)
+  return (F)((U)_mm256_permutevar8x32_ps(_mm256_load_ps(kFloats.of), (__m256i)code) | (code & 8u) << 28);
+#else
+  // Its fields moved, 0 and 0.5 apart.
+  U magnitude = code & 7u;
+  U small = (0u - magnitude) & 0x3F000000u;
+  return (F)((magnitude < 2u ? small : (magnitude << 22) + 0x3F000000u) | (code & 8u) << 28);
+#endif
+}
+
+#if defined(__AVX2__)
+constexpr int kCodeTokens = kTilesAtOnce == 2 ? kGroup : kGroup / 2;  // whose sums and operands the registers hold
+
+// bf16 activations of few tokens: weights decoded as they are read; what a panel would give, in the same order.
+template <int R, int N>
+static void multiply_codes(const Tile* tiles, int which, const uint8_t* x, int64_t blocks, Sums* sums) {
+  F sum[N][R][kVectors];
+  load_sums<R, N>(sums, which, sum);
+  for (int64_t b = 0; b < blocks; ++b) {
+    F scale[R][kVectors];
+    for (int r = 0; r < R; ++r) {
+      prefetch_ahead<kTilesAtOnce>(tiles[r], b, blocks);
+      for (int v = 0; v < kVectors; ++v) scale[r][v] = load_scales(tiles[r].scales + b * kRows, v) * splat(1 / kScaleUnit);
+    }
+    for (int j = 0; j < 2; ++j) {
+      U codes[R][kVectors];
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < kVectors; ++v) codes[r][v] = load<U>(tiles[r].codes + b * kCodeBytes + 64 * j + 4 * kLanes * v);
+      for (int k = 0; k < 8; ++k, x += 4 * N)
+        for (int r = 0; r < R; ++r)
+          for (int v = 0; v < kVectors; ++v) {
+            const F w = decode_code(codes[r][v] >> (k % 4 * 8 + k / 4 * 4)) * scale[r][v];
+            for (int t = 0; t < N; ++t) {
+              float value;
+              memcpy(&value, x + 4 * t, 4);
+              sum[t][r][v] = exact_product_add(w, splat(value), sum[t][r][v]);
+            }
+          }
+    }
+  }
+  store_sums<R, N>(sums, which, sum);
+}
+#endif
+#else
 // bf16 bits of e2m1(code), from code / 2: the fields of e2m1 in those of bf16, but for the subnormal 0.5 and zero.
 constexpr uint16_t bf16_of_e2m1(int code) {
   return static_cast<uint16_t>((code & 8) << 12 | ((code & 7) < 2 ? (code & 7) * 0x3F00 : ((code & 7) << 6) + 0x3F00));

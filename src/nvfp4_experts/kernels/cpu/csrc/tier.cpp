@@ -100,15 +100,6 @@ NVFP4_INLINE F row_amax_values(const uint16_t* row_amax, int v) {
   return amax < kAmaxFloor ? splat(kAmaxFloor) : amax;
 }
 
-#if !defined(__AVX512BF16__)
-// e2m1 of a nibble as fp32: its fields moved, 0 and 0.5 apart.
-NVFP4_INLINE F decode_code(U nibble) {
-  U magnitude = nibble & 7u;
-  U small = (0u - magnitude) & 0x3F000000u;
-  return (F)((magnitude < 2u ? small : (magnitude << 22) + 0x3F000000u) | (nibble & 8u) << 28);
-}
-#endif
-
 // One block of a tile into a panel: e2m1 * e4m3, exact in bf16; for fp8 then e4m3(that * 448 / row amax).
 template <bool kIsFp8>
 static void decode_floats(const Piece& piece, int tile, int64_t b, FloatPanel& panel, int64_t run_column) {
@@ -146,6 +137,16 @@ static void float_sums(const Piece& piece, Sums* sums) {
           multiply_pairs<n.value>(piece.tile[tile], tile, values, columns / kBlock, group_sums);
         });
       });
+    return;
+  }
+#elif defined(__AVX2__)
+  if (piece.half.activations == kBf16 && piece.tokens <= kCodeTokens) {
+    const uint8_t* values = piece.half.values + piece.first * token_bytes;
+    with_count<kCodeTokens>(piece.tokens, [&](auto n) {
+      for_tiles(piece.tiles, [&](int tile, auto r) {
+        multiply_codes<r.value, n.value>(piece.tile + tile, tile, values, columns / kBlock, sums);
+      });
+    });
     return;
   }
 #endif
