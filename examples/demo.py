@@ -251,7 +251,7 @@ def show(result: Result, console: Console) -> None:
     console.print(sizes)
     speeds = ", ".join(f"{w.name} {w.bytes_per_second:.1f}" for w in result.writings)
     console.print(
-        f"[bold]generate[/], bytes per second, one prompt (a tiny model: most of it is not experts): {speeds}"
+        f"[bold]generate[/], bytes per CPU second, one thread (a tiny model: most of it is not experts): {speeds}"
     )
     for number, prompt in enumerate(result.prompts):
         panels = [Panel(told(prompt, w.texts[number]), title=w.name, width=46) for w in result.writings]
