@@ -17,21 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nvfp4_experts import Nvfp4RoutedExperts
-from nvfp4_experts.integrations.transformers import swap_shared_experts
+from nvfp4_experts.integrations.transformers import swap_experts
 from nvfp4_experts.layers.parallel import parallelize
 
 from .heldout import CHECKPOINT, load_windows
-
-
-def swap_routed_experts(model: nn.Module, **options: object) -> None:
-    """Exchange `experts` of each layer; they are called alike, and transformers weights what down gives."""
-    for layer in model.model.layers:
-        theirs = layer.mlp.experts
-        gate, up = theirs.gate_up_proj.chunk(2, dim=1)
-        layer.mlp.experts = Nvfp4RoutedExperts.from_weights(
-            gate, up, theirs.down_proj, weighting="after_down", swiglu_limit=theirs.limit, **options
-        )
 
 
 def packed_bytes(model: nn.Module) -> int:
@@ -50,8 +39,7 @@ def main() -> None:
         torch.cuda.set_device(device)
 
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.bfloat16).eval().to(device)
-    swap_shared_experts(model, activations="bf16")
-    swap_routed_experts(model, activations="bf16")
+    swap_experts(model, activations="bf16")
     tokens = load_windows(CHECKPOINT / "heldout.txt", 4)[0].to(device)
     with torch.inference_mode():
         before, whole = model(input_ids=tokens, use_cache=False).logits.float(), packed_bytes(model)
@@ -63,9 +51,12 @@ def main() -> None:
     dist.all_gather(others, after)
     alike = all(torch.equal(other, after) for other in others)
     share = packed_bytes(model) / whole
-    print(
-        f"rank {dist.get_rank()}: {share:.3f} of the bytes, logits {difference:.1e} apart, alike on all ranks: {alike}"
-    )
+    rank = dist.get_rank()
+    line = f"rank {rank}: {share:.3f} of the bytes, logits {difference:.1e} apart, alike on all ranks: {alike}"
+    lines = [line] * dist.get_world_size()
+    dist.all_gather_object(lines, line)
+    if rank == 0:  # one process prints: lines of several may run into each other
+        print(*lines, sep="\n")
     dist.destroy_process_group()
 
 
