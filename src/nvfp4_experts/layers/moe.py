@@ -36,7 +36,8 @@ class Nvfp4MoE(nn.Module):
 
     Numerics: the routed sum and the shared expert's result are fp32, added in this order and rounded once.
 
-    Cost: that of its parts; on a GPU in one launch where tokens are few. Inference only.
+    Cost: that of its parts; where they have one size and format, on a GPU in one launch while tokens are few, on a CPU
+        in one native call. Inference only.
     """
 
     def __init__(

@@ -5,12 +5,12 @@
 //   1  enter     x -> values            by groups of rows, gathered
 //   2  gate_up   values -> h (fp32)     by blocks x tiles of 16 channels
 //   3  enter     h -> values            by groups of rows
-//   4  down      values -> y            by columns of y: all blocks meet the tiles of these columns, then the rows of each
+//   4  down      values -> y            by bands of columns of y: all blocks meet the tiles of a band, then the rows of each
 //                                       token are added
 //
 // So a thread waits for others three times, whatever the number of experts, and each weight is read once a block. Steps 1
 // to 3 take kBatchRows rows at a time, which bounds x and h; but all at once for kDynamic, whose scale needs h of all
-// rows of an expert. In step 4 a thread keeps what down makes of all rows for its columns alone.
+// rows of an expert. In step 4 a thread keeps what down makes of all rows for its band alone.
 #include <cstring>
 
 #include <atomic>
@@ -24,9 +24,9 @@ namespace nvfp4 {
 namespace {
 
 constexpr int64_t kBatchRows = 4096;
-constexpr int64_t kPairRows = 2 * kRows;       // columns of y of a pair of tiles
+constexpr int64_t kPairRows = 2 * kRows;          // columns of y of a pair of tiles
 constexpr int64_t kMostBandRows = 8 * kPairRows;  // of a band: what a thread takes of every expert before it adds
-constexpr int64_t kBandBytes = 1 << 18;         // of down's rows for a band: what the second-level cache has room for
+constexpr int64_t kBandBytes = 1 << 18;           // of down's rows for a band: what the second-level cache has room for
 
 struct Block {
   int64_t expert, first, rows;
