@@ -31,20 +31,21 @@ convert(large, target + "-large")
 print(peak() - before)
 """
 
-# Loads one expert first, for the same reason. On a CPU the packed experts lie in host memory too.
+# Loads one expert first, for the same reason. What is left of it is counted from, and not its peak, which is as high as
+# that of any other one. On a CPU the packed experts lie in host memory too.
 LOADING_CHILD = """
 import re, sys
 from pathlib import Path
 from nvfp4_experts import load_routed_experts
 
-def peak():
-    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
+def status(name):
+    return 1024 * int(re.search(name + r":\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 
 options = {"backend": "torch", "activations": "bf16", "top_k": 1}
 load_routed_experts(sys.argv[1], 0, experts=range(1), **options)
-before = peak()
+before = status("VmRSS")
 loaded = load_routed_experts(sys.argv[1], 0, **options)
-print(peak() - before, loaded.resident_bytes)
+print(status("VmHWM") - before, loaded.resident_bytes)
 """
 
 CONSTANT = 24 << 20
@@ -132,10 +133,10 @@ def test_peak_memory_grows_by_metadata_alone_with_the_number_of_tensors(tmp_path
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_routed_experts_are_loaded_one_at_a_time(tmp_path: Path, kind: str) -> None:
-    """Their peak is that of loading one, which came first and varies by a megabyte, and the packed ones."""
+    """Their peak is the packed ones and what one takes on its way."""
     rise, packed = measure_loading(tmp_path, kind, experts=32, rows=1024, columns=1024)
     assert packed == pytest.approx(32 * 3 * 1024 * 1024 * 0.5625, rel=1e-3)
-    assert 0.9 * packed < rise < packed + CONSTANT
+    assert packed < rise < packed + CONSTANT
 
 
 if __name__ == "__main__":

@@ -77,17 +77,16 @@ def test_bands_of_every_width(tier: str, mode: tuple[str, str], tokens: int, mon
 def moe_both_ways(
     x: Tensor, routing: Routing, calls: tuple[Call, Call], channels: int = 48, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """A layer with a shared expert: as the backend runs it, and one after the other."""
+    """A layer with a shared expert: as the backend runs it, and by definition: two fp32 results, added and rounded."""
     hidden = x.shape[1]
     packed = list(ROUTED.pack(*make_experts(9, hidden, 48)).values())
     gate, up, down = make_experts(2, hidden, channels)
     beside = Beside(BACKEND, list(BACKEND.pack(gate[1], up[1], down[1]).values()), calls[1])
-    results = []
-    for moe in (ROUTED.moe, super(type(ROUTED), ROUTED).moe):
-        out = torch.empty(x.shape, dtype=dtype)
-        moe(x, packed, routing, calls[0], beside, out)
-        results.append(out)
-    return results[0], results[1]
+    got, routed, shared = torch.empty(x.shape, dtype=dtype), torch.empty(x.shape), torch.empty(x.shape)
+    ROUTED.moe(x, packed, routing, calls[0], beside, got)
+    ROUTED.routed_experts(x, packed, routing, calls[0], routed)
+    BACKEND.shared_expert(x, beside.weights, beside.call, shared)
+    return got, (routed + shared).to(dtype)
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
@@ -124,8 +123,9 @@ def test_a_shared_expert_that_differs_runs_after_them(other: dict[str, Any], mon
     alone: list[object] = []
     monkeypatch.setattr(CpuBackend, "shared_expert", spied(CpuBackend.shared_expert, alone))
     options = {"calls": (call_of(("nvfp4", "dynamic")),) * 2} | other
-    one, other_way = moe_both_ways(torch.randn(7, 80), draw_routing(7, 4), **options)
-    assert torch.equal(one, other_way) and len(alone) == 2
+    x = torch.randn(7, 80).bfloat16()
+    got, want = moe_both_ways(x, draw_routing(7, 4), dtype=torch.bfloat16, **options)
+    assert torch.equal(got, want) and len(alone) == 2
 
 
 def spied(function: Callable[..., None], calls: list[object]) -> Callable[..., None]:

@@ -220,7 +220,7 @@ MUTANTS = (
         "kernels/one_by_one.py",
         "total.add_(more)",
         "total.add_(more.to(x.dtype))",
-        "tests/kernels/test_cpu_routed.py::test_a_shared_expert_in_the_same_call",
+        "tests/kernels/test_cpu_routed.py::test_a_shared_expert_that_differs_runs_after_them",
     ),
     # bench
     Mutant(
