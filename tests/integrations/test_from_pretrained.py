@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from nvfp4_experts.integrations.transformers import (
     experts_of,
     set_activations,
 )
+from nvfp4_experts.integrations.transformers.quantizer import OLDEST
 from nvfp4_experts.integrations.transformers.rule import weights_of
 from nvfp4_experts.integrations.transformers.source import open_files
 from tests.integrations.checkpoints import write_hybrid
@@ -272,6 +274,7 @@ def test_the_experts_implementation_is_no_matter(load: Load) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(Version(transformers.__version__) < Version(OLDEST), reason=f"needs transformers {OLDEST}")
 @pytest.mark.parametrize("dialect", ["modelopt", "hybrid"])
 def test_on_a_gpu(
     dialect: str, load: Load, checkpoints: dict[str, Path], windows: tuple[Tensor, Tensor], tmp_path: Path
@@ -386,6 +389,19 @@ def test_four_bits_outside_experts_are_refused(load: Load, checkpoints: dict[str
 
     with pytest.raises(UnsupportedError, match=r"attn\.wq_a.*outside NVFP4 experts must be FP8 blocks"):
         load(edited(checkpoints["modelopt"], tmp_path / "attention", change))
+
+
+def test_an_older_transformers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = Nvfp4ExpertsHfQuantizer(Nvfp4ExpertsConfig())
+    quantizer.validate_environment()
+    monkeypatch.setattr(transformers, "__version__", "5.9.1")
+    with pytest.raises(UnsupportedError, match=r"5\.23 or newer.*5\.9\.1.*pip install"):
+        quantizer.validate_environment()
+
+
+def test_the_oldest_transformers_is_the_one_that_installing_asks_for() -> None:
+    pyproject = Path(__file__).parents[2] / "pyproject.toml"
+    assert f'transformers = ["transformers>={OLDEST}"]' in pyproject.read_text()
 
 
 def test_disk_offload_is_refused() -> None:

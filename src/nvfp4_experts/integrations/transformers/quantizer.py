@@ -14,6 +14,8 @@ import copy
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
@@ -25,6 +27,8 @@ from .rule import ROUTED, kind_of, top_k_of
 from .saving import Saver
 from .source import Source, open_files
 from .swap import load_experts
+
+OLDEST = "5.23"  # transformers whose hooks these are; pyproject.toml asks for it too
 
 
 class _Awaited(nn.Module):
@@ -62,7 +66,10 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
         return torch.bfloat16 if dtype.itemsize == 1 else dtype
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
-        """Refuse what would leave experts without a device."""
+        """Refuse what would leave experts without a device, and versions that load by other rules."""
+        if Version(transformers.__version__) < Version(OLDEST):
+            rule = f"needs transformers {OLDEST} or newer to load NVFP4 experts"
+            raise UnsupportedError("from_pretrained", rule, transformers.__version__, "pip install -U transformers")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             way_out = "give every layer a device"
             raise UnsupportedError("device_map", "must not offload to disk", "disk", way_out)
