@@ -33,8 +33,7 @@ E, K = 9, 6
 SMALL, RAGGED = (256, 256), (272, 80)
 BIG = [(4096, 2048), (7168, 384), (5120, 288)]  # V4-Flash; tensor-parallel slices of V4-Pro and V4.1-Flash
 TOKENS = (1, 2, 8, 9, 33, 120, 400)
-ROW_APART = [m for m in MODES if m not in (("fp8", "dynamic"), ("nvfp4", "dynamic"))]
-FAST = [m for m in MODES if m[0] != "fp8"]  # what sm90 runs without the host
+ROW_APART = [m for m in MODES if m != ("nvfp4", "dynamic")]
 
 
 @functools.cache
@@ -102,7 +101,7 @@ def test_matches_reference(mode: tuple[str, str], weighting: str, backend: str) 
             assert (got - expected).norm() <= bound * expected.norm(), (shape, tokens)
 
 
-@pytest.mark.parametrize("mode", FAST, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("shape", BIG, ids=str)
 def test_matches_reference_in_the_sizes_of_models(shape: tuple[int, int], mode: tuple[str, str]) -> None:
     layer, call = make(shape, mode), Call(LIMIT, *mode, *(s.cuda() for s in static_scales(E)))
@@ -115,7 +114,7 @@ def test_matches_reference_in_the_sizes_of_models(shape: tuple[int, int], mode: 
         assert (layer(x, *on_gpu(routing)).double() - expected).norm() <= bound * expected.norm(), tokens
 
 
-@pytest.mark.parametrize("mode", FAST, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 def test_one_graph_serves_any_routing_without_the_host_or_an_allocation(mode: tuple[str, str]) -> None:
     layer = make(SMALL, mode)
     needs_kernels(layer)
@@ -156,7 +155,7 @@ def test_a_token_does_not_know_the_others(mode: tuple[str, str]) -> None:
         assert torch.equal(layer(x, indices, weights)[0], y[0])
 
 
-@pytest.mark.parametrize("mode", FAST, ids=str)
+@pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("tokens", [1, 8, 40, 300])
 def test_a_shared_expert_beside_is_its_result_added_last(tokens: int, mode: tuple[str, str]) -> None:
     routed, shared = make(SMALL, mode), make_shared(SMALL, mode)

@@ -20,16 +20,22 @@ from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
 from nvfp4_experts.kernels.cuda.workspace import Part, bytes_of
 from nvfp4_experts.kernels.dispatch import Call
-from nvfp4_experts.kernels.sm90 import fp8
+from nvfp4_experts.kernels.sm90 import fp8, gemm
 from nvfp4_experts.kernels.sm90.backend import BACKEND
+from nvfp4_experts.kernels.sm90.config import GemmConfig
+from nvfp4_experts.kernels.sm90.routed_fp8 import ROUTED
 from nvfp4_experts.layouts.fragments import unpack_fragments
 from nvfp4_experts.layouts.weights import deinterleave_rows
 from tests.kernels.test_sm90_compile import Kernel, compiler
+from tests.layouts.test_e4m3_fragments import transposed
 
 LIMIT = 10.0
 SHAPES = [(144, 80), (512, 2304), (7168, 256)]  # H, I
 WHOLE = fp8.WEIGHTS_AT_ONCE
-FILES = {"unpack.cu": ["unpack_fragments"], "fp8.cu": [*fp8._QUANTIZE_ROWS.values(), "swiglu_quantize"]}
+FILES = {
+    "unpack.cu": ["unpack_fragments"],
+    "fp8.cu": [*fp8._QUANTIZE_ROWS.values(), *fp8._ENTER_ROWS.values(), "swiglu_quantize"],
+}
 
 # swiglu_quantize against exact SwiGLU of the same bf16: h is off by |gate| * 2^-24 (the rounded argument of the
 # exponential) and a few 2^-23 (exponential, reciprocal, two products), below 2^-19 for |gate| < 16, and so is the scale
@@ -172,6 +178,76 @@ def test_quantized_rows_are_those_of_the_format(columns: int, dtype: torch.dtype
         want, want_scales = quantize_fp8_rows(x)
         assert_same_bytes(values, want)
         torch.testing.assert_close(scales.cpu(), want_scales, rtol=0, atol=0, equal_nan=True)
+
+
+def padded(columns: int) -> int:
+    return -(-columns // 64) * 64
+
+
+def as_operands(values: Tensor) -> Tensor:
+    """Padded with zeros, each row in the order of layouts/e4m3_fragments.py."""
+    bytes_ = torch.nn.functional.pad(values.view(torch.uint8), (0, padded(values.shape[1]) - values.shape[1]))
+    return transposed(bytes_).view(torch.float8_e4m3fn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [80, 144, 4096, 40000])
+def test_entered_rows_are_quantized_rows_in_another_order(columns: int, dtype: torch.dtype) -> None:
+    x = (torch.randn(40, columns) * torch.randn(40, 1).exp()).to(dtype)
+    x[3, 7] = torch.nan
+    token = torch.randint(40, (64,), dtype=torch.int32)
+    want, want_scales = quantize_fp8_rows(x)
+    for gather, source in ((token, token.long()), (None, torch.arange(64))):
+        here = x if gather is not None else x[torch.arange(64) % 40]
+        values = torch.zeros(64, padded(columns), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+        values[:50].view(torch.uint8).fill_(0xFF)
+        scales = torch.zeros(64, device="cuda")
+        count = torch.tensor([50], dtype=torch.int32, device="cuda")
+        fp8.enter_rows(here.cuda(), count, None if gather is None else gather.cuda(), values, scales)
+        assert_same_bytes(values[:50], as_operands(want[source[:50] % 40]))
+        torch.testing.assert_close(scales[:50].cpu(), want_scales[source[:50] % 40, 0], rtol=0, atol=0, equal_nan=True)
+        assert not values[50:].view(torch.uint8).any() and not scales[50:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [32, 64, 112])
+def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> None:
+    """Rows with a single 1 pick a column: sums have one term, so results are exact; two experts, ragged sizes."""
+    hidden, intermediate, experts = 272, 144, 2
+    stacks = [weights_of(hidden, intermediate, strange=expert == 1) for expert in range(experts)]
+    packed = [list(ROUTED.one.pack(*(w.to("cuda") for w in weights)).values()) for weights in stacks]
+    down, scales, row_amax = (torch.stack([p[i] for p in packed]) for i in (3, 4, 5))
+    ones = torch.eye(intermediate, device="cuda").repeat(experts, 1)
+    rows = len(ones)
+    values = torch.empty(rows, padded(intermediate), dtype=torch.float8_e4m3fn, device="cuda")
+    x_scales, out = torch.empty(rows, device="cuda"), torch.full((rows, hidden), torch.nan, device="cuda")
+    fp8.enter_rows(ones, torch.tensor([rows], dtype=torch.int32, device="cuda"), None, values, x_scales)
+    tiles = [
+        (expert, first, min(first + tokens, (expert + 1) * intermediate), 0)
+        for expert in range(experts)
+        for first in range(expert * intermediate, (expert + 1) * intermediate, tokens)
+    ]
+    lists = [torch.tensor(of, dtype=torch.int32, device="cuda") for of in (tiles, [len(tiles), rows])]
+    gemm.run_half(
+        values,
+        down,
+        hidden,
+        scales,
+        out,
+        GemmConfig(2 if tokens == 112 else 4, 1, tokens, 1, fp8=True),
+        gate_up=False,
+        token_scales=x_scales,
+        scaling=gemm.SCALE_OF_TOKEN,
+        groups=gemm.Groups(*lists),
+        row_amax=row_amax,
+    )
+    for expert, (*_, w) in enumerate(stacks):
+        columns, row_scales = rounded(w)
+        want = (columns.float() * 448).T * (torch.tensor(1 / 448) * row_scales)
+        got = out[expert * intermediate : (expert + 1) * intermediate].cpu()
+        # A row with a NaN scale has a NaN row scale: all of it is NaN.
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.cuda.workspace import bytes_of
-from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem
-from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode
+from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem, choose_routed_backend
+from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode, routed_fp8
 from nvfp4_experts.kernels.sm90.config import ROUTED_TOKENS, TOKENS, GemmProblem, config_is_legal, legal_configs
 from nvfp4_experts.kernels.target import Target
 
@@ -43,8 +44,15 @@ def test_every_cut_is_legal_and_reached() -> None:
     for hidden, intermediate in SHAPES.values():
         for _, config in grouped._CONFIGS:
             for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
-                assert config_is_legal(config, GemmProblem(rows, columns, 4096)) and config.parts == 1
-    assert [grouped.config_of(slots, 256).tokens for slots in (1, 2048, 2049, 8192, 8193)] == [32, 32, 64, 64, 112]
+                for cut in (config, replace(config, fp8=True)):
+                    assert config_is_legal(cut, GemmProblem(rows, columns, 4096)) and cut.parts == 1
+    assert [grouped.config_of(slots, 256, "bf16").tokens for slots in (1, 2048, 2049, 8192, 8193)] == [
+        32,
+        32,
+        64,
+        64,
+        112,
+    ]
 
 
 def test_neither_the_rule_nor_tuning_takes_a_cut_that_is_for_routed_experts() -> None:
@@ -53,7 +61,7 @@ def test_neither_the_rule_nor_tuning_takes_a_cut_that_is_for_routed_experts() ->
     assert {config.tokens for _, config in grouped._CONFIGS} == set(ROUTED_TOKENS) > set(ROUTED_TOKENS) & set(TOKENS)
 
 
-@pytest.mark.parametrize("mode", ["bf16", *ACTIVATION_SCALES])
+@pytest.mark.parametrize("mode", ["bf16", "fp8", *ACTIVATION_SCALES])
 def test_scratch_grows_with_slots(mode: str) -> None:
     """So that what is reserved for the largest call is enough for every other."""
     sizes = [bytes_of(list(grouped.scratch(mode, 4096, 2048, 256, tokens, 6).values())) for tokens in range(1, 3000, 7)]
@@ -64,5 +72,9 @@ def test_scratch_grows_with_slots(mode: str) -> None:
 def test_what_it_has_no_kernel_for_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(routed.BACKEND), "refusal", lambda *_: None)
     assert routed.ROUTED.refusal(Problem(64, 64, "bf16", HOPPER, experts=256, top_k=6)) is None
-    assert "fp8" in (routed.ROUTED.refusal(Problem(64, 64, "fp8", HOPPER, experts=256, top_k=6)) or "")
+    fp8 = Problem(64, 64, "fp8", HOPPER, experts=256, top_k=6)
+    assert "sm90-fp8" in (routed.ROUTED.refusal(fp8) or "") and routed_fp8.ROUTED.refusal(fp8) is None
+    assert "fp8" in (routed_fp8.ROUTED.refusal(replace(fp8, activations="bf16")) or "")
+    assert [choose_routed_backend(name, fp8).name for name in ("auto", "sm90", "sm90-fp8")] == ["sm90-fp8"] * 3
+    assert choose_routed_backend("auto", replace(fp8, activations="bf16")).name == "sm90"
     assert "8192 experts" in (routed.ROUTED.refusal(Problem(64, 64, "bf16", HOPPER, experts=8193, top_k=6)) or "")

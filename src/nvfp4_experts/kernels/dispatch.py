@@ -45,6 +45,7 @@ ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
 _ROUTED = {
     "sm100": "sm100.routed",
     "sm90": "sm90.routed",
+    "sm90-fp8": "sm90.routed_fp8",
     "cpu": "cpu.routed",
     "torch": "torch_backend",
     "exact": "exact.backend",
@@ -52,6 +53,7 @@ _ROUTED = {
     "sm100-decode": "sm100.decoding",
 }
 ROUTED_BACKENDS = tuple(_ROUTED)
+_ALSO = {"sm90": ("sm90-fp8",)}  # tried with the one of that name: its routed experts with weights in another form
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ def choose_backend(name: str, problem: Problem) -> Backend:
 
 
 def choose_routed_backend(name: str, problem: Problem) -> RoutedBackend:
-    """The backend to use for a problem with experts; as `choose_backend`."""
+    """The backend to use for a problem with experts; as `choose_backend`, but that a name may stand for two forms."""
 
     def refusal(other: str) -> str | None:
         if other not in _ROUTED:
@@ -224,15 +226,20 @@ def choose_routed_backend(name: str, problem: Problem) -> RoutedBackend:
             return "has no routed experts"
         return get_routed_backend(other).refusal(problem)
 
-    return get_routed_backend(_first_able(name, problem, refusal))
+    return get_routed_backend(_first_able(name, problem, refusal, _ALSO))
 
 
-def _first_able(name: str, problem: Problem, refusal: Callable[[str], str | None]) -> str:
-    wanted = BACKENDS if name == "auto" else (name,)
+def _first_able(
+    name: str, problem: Problem, refusal: Callable[[str], str | None], also: Mapping[str, tuple[str, ...]] | None = None
+) -> str:
+    def forms(names: tuple[str, ...]) -> list[str]:
+        return [form for one in names for form in (one, *(also or {}).get(one, ()))]
+
+    wanted = forms(BACKENDS if name == "auto" else (name,))
     for candidate in wanted:
         if refusal(candidate) is None:
             return candidate
-    asked = dict.fromkeys((*wanted, *BACKENDS))  # its own reason first
+    asked = dict.fromkeys((*wanted, *forms(BACKENDS)))  # its own reason first
     reasons = "; ".join(f"{other}: {refusal(other) or 'can run this'}" for other in asked)
     raise UnsupportedError(
         f"backend {name!r}", f"must be able to run {problem}", reasons, "use 'auto' or change the layer"

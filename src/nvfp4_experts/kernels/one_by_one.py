@@ -32,11 +32,15 @@ class StackedExperts:
     def pack(self, gate: StackLike, up: StackLike, down: StackLike) -> dict[str, Tensor]:
         stacks: dict[str, Tensor] = {}
         for expert in range(len(gate)):
-            for name, tensor in self.one.pack(gate[expert], up[expert], down[expert]).items():
-                if name not in stacks:
-                    stacks[name] = self.room(tensor, len(gate))
-                stacks[name][expert] = tensor
+            self._put(stacks, expert, len(gate), self.one.pack(gate[expert], up[expert], down[expert]))
         return stacks
+
+    def _put(self, stacks: dict[str, Tensor], expert: int, experts: int, packed: dict[str, Tensor]) -> None:
+        """Into its place; apart from the loop, so that nothing of one expert lives on while the next is packed."""
+        for name, tensor in packed.items():
+            if name not in stacks:
+                stacks[name] = self.room(tensor, experts)
+            stacks[name][expert] = tensor
 
     def room(self, tensor: Tensor, experts: int) -> Tensor:
         """Memory for so many of that tensor, stacked."""

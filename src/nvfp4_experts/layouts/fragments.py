@@ -62,18 +62,8 @@ def pack_fragments(codes: Tensor, block_scales: Tensor) -> Tensor:
 
     Cost: temporaries of 8 bytes per weight.
     """
-    rows, half = codes.shape
-    if rows % ROWS:
-        raise LayoutError("codes", f"rows must be a multiple of {ROWS}", tuple(codes.shape), "pad with zero rows")
-    if (block_scales.view(torch.uint8) & 0x80).any():
-        raise LayoutError("block_scales", "must not be negative", "a set sign bit", "quantise the weight again")
-    pad = -(2 * half) % COLUMNS
-    under_zero = (block_scales.float() == 0).repeat_interleave(BLOCK_SIZE, dim=-1)
-    nibbles = unpack_codes(codes)
-    nibbles = torch.nn.functional.pad(torch.where(under_zero, nibbles & 8, nibbles), (0, pad)).int()
-    bits = (block_scales.float() * _SCALE_SHIFT).half().view(torch.int16) >> 7
-    scales = torch.nn.functional.pad(bits.to(torch.uint8), (0, pad // BLOCK_SIZE))
-    tiles, chunks = rows // ROWS, nibbles.shape[1] // COLUMNS
+    nibbles, scales = stored_nibbles(codes, block_scales), scale_bytes(block_scales)
+    tiles, chunks = len(nibbles) // ROWS, nibbles.shape[1] // COLUMNS
     # (tile, h, g, chunk, m, i // 2, c, e) -> (tile, chunk, g, c, m, i // 2, h, e): register i is (i // 2, h)
     nibbles = nibbles.view(tiles, 2, 8, chunks, 2, 4, 4, 2).permute(0, 3, 2, 6, 4, 5, 1, 7)
     nibbles = nibbles.reshape(tiles, chunks, ROWS * 2, 2, 2 * REGISTERS)
@@ -94,9 +84,7 @@ def unpack_fragments(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, T
     Raises:
         LayoutError: the size is not `fragment_bytes(rows, columns)`.
     """
-    if packed.numel() != fragment_bytes(rows, columns):
-        expected = f"must be {fragment_bytes(rows, columns)} bytes for ({rows}, {columns})"
-        raise LayoutError("packed", expected, packed.numel(), "pass the shape it was packed with")
+    check_fragments(packed, rows, columns)
     tiles, chunks = rows // ROWS, -(-columns // COLUMNS)
     code_bytes = ROWS * COLUMNS // 2
     parts = packed.view(tiles, chunks, CHUNK_BYTES)
@@ -108,9 +96,43 @@ def unpack_fragments(packed: Tensor, rows: int, columns: int) -> tuple[Tensor, T
     nibbles = (
         nibbles.view(tiles, chunks, 8, 4, 2, 4, 2, 2).permute(0, 6, 2, 1, 4, 5, 3, 7).reshape(rows, -1)[:, :columns]
     )
-    bits = parts[:, :, code_bytes:].reshape(tiles, chunks, 8, 2, 4).permute(0, 3, 2, 1, 4).reshape(rows, -1)
-    scales = (bits[:, : columns // BLOCK_SIZE].to(torch.int16) << 7).view(torch.float16).float() / _SCALE_SHIFT
-    return pack_codes(nibbles.to(torch.uint8)), scales.to(torch.float8_e4m3fn)
+    scales = parts[:, :, code_bytes:].reshape(tiles, chunks, 8, 2, 4).permute(0, 3, 2, 1, 4).reshape(rows, -1)
+    return pack_codes(nibbles.to(torch.uint8)), scales_of_bytes(scales, columns)
+
+
+def stored_nibbles(codes: Tensor, block_scales: Tensor) -> Tensor:
+    """Codes (N, K/2) as (N, K) int32, K padded with zeros to 64, those under a zero scale with magnitude zero.
+
+    Raises:
+        LayoutError: N not a multiple of 16, or a negative scale.
+    """
+    if len(codes) % ROWS:
+        raise LayoutError("codes", f"rows must be a multiple of {ROWS}", tuple(codes.shape), "pad with zero rows")
+    if (block_scales.view(torch.uint8) & 0x80).any():
+        raise LayoutError("block_scales", "must not be negative", "a set sign bit", "quantise the weight again")
+    under_zero = (block_scales.float() == 0).repeat_interleave(BLOCK_SIZE, dim=-1)
+    nibbles = unpack_codes(codes)
+    nibbles = torch.where(under_zero, nibbles & 8, nibbles)
+    return torch.nn.functional.pad(nibbles, (0, -nibbles.shape[1] % COLUMNS)).int()
+
+
+def scale_bytes(block_scales: Tensor) -> Tensor:
+    """Block scales (N, K/16) as their bytes, uint8, K padded with zeros to 64."""
+    bits = (block_scales.float() * _SCALE_SHIFT).half().view(torch.int16) >> 7
+    return torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % (COLUMNS // BLOCK_SIZE)))
+
+
+def scales_of_bytes(scales: Tensor, columns: int) -> Tensor:
+    """Block scales (N, columns/16) of their bytes; the inverse of `scale_bytes`."""
+    bits = scales[:, : columns // BLOCK_SIZE].to(torch.int16) << 7
+    return (bits.view(torch.float16).float() / _SCALE_SHIFT).to(torch.float8_e4m3fn)
+
+
+def check_fragments(packed: Tensor, rows: int, columns: int) -> None:
+    """LayoutError unless the size is that of a packed (rows, columns) matrix."""
+    if packed.numel() != fragment_bytes(rows, columns):
+        expected = f"must be {fragment_bytes(rows, columns)} bytes for ({rows}, {columns})"
+        raise LayoutError("packed", expected, packed.numel(), "pass the shape it was packed with")
 
 
 def _code_places() -> Iterator[tuple[int, list[int], list[int]]]:

@@ -24,6 +24,12 @@ __device__ __forceinline__ u32 load_4(Address from) {
     return v;
 }
 
+__device__ __forceinline__ u32 load_2(Address from) {
+    u16 v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from));
+    return v;
+}
+
 // --- barriers in shared memory --------------------------------------------------------------------------------------
 
 constexpr int BARRIER_BYTES = 8;
@@ -159,9 +165,11 @@ __device__ __forceinline__ void mma_wait() {
 __device__ __forceinline__ u32 mma_operand(Address tile) { return (tile >> 4 & 0x3FFF) | 1u << 16; }
 #define MMA_OPERAND_HIGH "0x40000040"  // 128-byte swizzle, 1024 bytes from 8 rows to the next
 
-// sums (64 x N) += a (64 x 16 bf16, in registers) * b (16 x N bf16, in shared memory)
+// sums (64 x N) += a (64 x K, in registers) * b (K x N, in shared memory), K the 32 bytes of a step: 16 bf16 or 32 e4m3.
 template <int N>
-__device__ __forceinline__ void mma_async(float (&sums)[N / 2], const u32 (&a)[4], u32 b);
+__device__ __forceinline__ void mma_async_bf16(float (&sums)[N / 2], const u32 (&a)[4], u32 b);
+template <int N>
+__device__ __forceinline__ void mma_async_e4m3(float (&sums)[N / 2], const u32 (&a)[4], u32 b);
 
 #define SUM_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
 #define SUM_8(i) SUM_4(i), SUM_4(i + 4)
@@ -184,16 +192,19 @@ __device__ __forceinline__ void mma_async(float (&sums)[N / 2], const u32 (&a)[4
 #define NAMES_64 NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define NAMES_128 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// N columns in R registers; the five operands behind them are numbered a0 .. b.
-#define DEFINE_MMA(N, R, a0, a1, a2, a3, b_)                                                                           \
+// N columns in R registers; the five operands behind them are numbered a0 .. b. TAIL: what follows b; K-major both.
+#define DEFINE_MMA_OF(NAME, TYPES, TAIL, N, R, a0, a1, a2, a3, b_)                                                     \
     template <>                                                                                                       \
-    __device__ __forceinline__ void mma_async<N>(float (&sums)[N / 2], const u32 (&a)[4], u32 b) {                     \
+    __device__ __forceinline__ void NAME<N>(float (&sums)[N / 2], const u32 (&a)[4], u32 b) {                          \
         asm volatile("{\n.reg .b64 b;\nmov.b64 b, {%" #b_ ", " MMA_OPERAND_HIGH "};\n"                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" NAMES_##R "}, {%" #a0 ", %" #a1      \
-                     ", %" #a2 ", %" #a3 "}, b, 1, 1, 1, 0;\n}\n"                                                    \
+                     "wgmma.mma_async.sync.aligned.m64n" #N TYPES " {" NAMES_##R "}, {%" #a0 ", %" #a1 ", %" #a2       \
+                     ", %" #a3 "}, b, " TAIL ";\n}\n"                                                               \
                      : SUMS_##R                                                                                       \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));                                           \
     }
+#define DEFINE_MMA(...)                                                             \
+    DEFINE_MMA_OF(mma_async_bf16, "k16.f32.bf16.bf16", "1, 1, 1, 0", __VA_ARGS__) \
+    DEFINE_MMA_OF(mma_async_e4m3, "k32.f32.e4m3.e4m3", "1, 1, 1", __VA_ARGS__)
 DEFINE_MMA(16, 8, 8, 9, 10, 11, 12)
 DEFINE_MMA(32, 16, 16, 17, 18, 19, 20)
 DEFINE_MMA(64, 32, 32, 33, 34, 35, 36)

@@ -45,6 +45,7 @@ class Sm90Backend:
     """See the module docstring; packed as layouts/fragments.py says, gate and up interleaved by 8 rows."""
 
     name = "sm90"
+    pack_matrix, unpack_matrix = staticmethod(pack_fragments), staticmethod(unpack_fragments)
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.target.capability != (9, 0):
@@ -53,23 +54,23 @@ class Sm90Backend:
 
     def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
         return {
-            "gate_up_fragments": pack_fragments(*interleave_gate_up(gate, up)),
+            "gate_up_fragments": self.pack_matrix(*interleave_gate_up(gate, up)),
             "gate_up_global_scales": torch.stack((gate.global_scale, up.global_scale)),
             "gate_up_row_amax": torch.stack((row_amax(gate), row_amax(up))),
-            "down_fragments": pack_fragments(down.codes, down.block_scales),
+            "down_fragments": self.pack_matrix(down.codes, down.block_scales),
             "down_global_scale": down.global_scale.reshape(1),
             "down_row_amax": row_amax(down),
         }
 
     def unpack(self, weights: Mapping[Any, Tensor], hidden: int, intermediate: int) -> tuple[Nvfp4Tensor, ...]:
         gate_up, global_scales, _, down, down_global_scale, _ = weights.values()
-        codes, block_scales = unpack_fragments(gate_up, 2 * intermediate, hidden)
+        codes, block_scales = self.unpack_matrix(gate_up, 2 * intermediate, hidden)
         gate_codes, up_codes = deinterleave_rows(codes)
         gate_bytes, up_bytes = deinterleave_rows(block_scales.view(torch.uint8))
         return (
             Nvfp4Tensor(gate_codes, gate_bytes.view(torch.float8_e4m3fn), global_scales[0]),
             Nvfp4Tensor(up_codes, up_bytes.view(torch.float8_e4m3fn), global_scales[1]),
-            Nvfp4Tensor(*unpack_fragments(down, hidden, intermediate), down_global_scale[0]),
+            Nvfp4Tensor(*self.unpack_matrix(down, hidden, intermediate), down_global_scale[0]),
         )
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:

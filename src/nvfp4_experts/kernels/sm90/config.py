@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
 
@@ -35,12 +35,14 @@ class GemmConfig:
         column_groups: warpgroups that take turns along K.
         tokens: of a block.
         split: blocks of a cluster, each with its run of K.
+        fp8: activations are e4m3, in place of bf16; of routed experts alone, tables do not have it.
     """
 
     row_groups: int
     column_groups: int
     tokens: int
     split: int
+    fp8: bool = False
 
     @property
     def warpgroups(self) -> int:
@@ -75,7 +77,8 @@ class GemmConfig:
     @property
     def stage_bytes(self) -> int:
         """Both operands of a stage."""
-        return self.stage_chunks * (self.tokens * COLUMNS * 2 + self.row_groups * _WARPS * CHUNK_BYTES)
+        activations = self.tokens * COLUMNS * (1 if self.fp8 else 2)
+        return self.stage_chunks * (activations + self.row_groups * _WARPS * CHUNK_BYTES)
 
     @property
     def stages(self) -> int:
@@ -95,10 +98,10 @@ class GemmConfig:
 
     def to_list(self) -> list[int]:
         """As tables write it."""
-        return list(astuple(self))
+        return [self.row_groups, self.column_groups, self.tokens, self.split]
 
     def __str__(self) -> str:
-        return "/".join(map(str, astuple(self)))
+        return "/".join(map(str, self.to_list()))
 
 
 @dataclass(frozen=True)

@@ -13,3 +13,43 @@ __device__ __forceinline__ u32 e4m3_quad(float v0, float v1, float v2, float v3)
 
 // The amax that a row's scale comes from; NaN stays NaN.
 __device__ __forceinline__ float amax_or_floor(float amax) { return amax < 0x1p-100f ? 0x1p-100f : amax; }
+
+// e4m3 of the magnitudes 0, .5, 1, 1.5 (low) and 2, 3, 4, 6 (high), times a block scale and 448 / amax.
+struct Magnitudes {
+    u32 low, high;
+};
+
+// scale: 2^7 times it; inverse: 448 / amax * 2^-7. Only the products with 1 and 1.5 round; the others are these times a
+// power of two. NaN makes NaN of code 0 too.
+__device__ __forceinline__ Magnitudes magnitudes(float scale, float inverse) {
+    const float one = __fmul_rn(scale, inverse), one_and_half = __fmul_rn(1.5f * scale, inverse);
+    return {e4m3_quad(0.0f * one, 0.5f * one, one, one_and_half),
+            e4m3_quad(2.0f * one, 2.0f * one_and_half, 4.0f * one, 4.0f * one_and_half)};
+}
+__device__ __forceinline__ float inverse_of(float amax) { return __fdiv_rn(448.0f * 0x1p-7f, amax); }
+
+// Four codes as e4m3: a magnitude in each of the lower four nibbles of `selectors`, whose bits 3 are 0; a sign in bit 7 of
+// each byte of `signs`.
+__device__ __forceinline__ u32 pick(Magnitudes table, u32 selectors, u32 signs) {
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.low), "r"(table.high), "r"(selectors));
+    return bytes | (signs & 0x80808080u);
+}
+
+// A lane's share of a chunk (layouts/e4m3_fragments.py), of rows g and g + 8, as the A operands of two k32 steps, each row
+// in units of its amax / 448. scales: a byte a row; moved by 20 bits and raised by 112 exponents it is fp32. That makes a
+// number of NaN, but the row's amax is NaN then.
+__device__ __forceinline__ void decode_chunk_e4m3(uint4 codes, u32 scales, const float (&inverses)[2], u32 (&a)[2][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float scale = __uint_as_float(((h ? scales << 12 : scales << 20) & 0x0FF00000u) + (112 << 23));
+        const Magnitudes table = magnitudes(scale, inverses[h]);
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+            const u32 word = h ? (step ? codes.w : codes.z) : (step ? codes.y : codes.x);
+            const u32 selectors = word & 0x77777777u;
+            a[step][h] = pick(table, selectors, word);
+            a[step][2 + h] = pick(table, selectors >> 16, word << 4);
+        }
+    }
+}

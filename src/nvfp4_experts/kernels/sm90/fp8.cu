@@ -2,6 +2,7 @@
 // What surrounds the FP8 GEMMs: rows to e4m3 with a scale each, as quantize_fp8_rows of formats/activations.py does it.
 //
 //   quantize_rows_*   of x, byte for byte                                        floor: x read once, 1 byte written
+//   enter_rows_*      the same of routed experts' rows, in front of gemm.cu      floor: likewise
 //   swiglu_quantize   of h = silu(min(gate, L)) * clamp(up, -L, L) in fp32       floor: 4 bytes read, 1 written per h
 //
 // A block of threads takes a row and reads it once: a thread keeps KEPT vectors of 8 values while the largest is found.
@@ -79,9 +80,17 @@ __device__ __forceinline__ u32 largest_of_block(u32 largest) {
     return __reduce_max_sync(~0u, threadIdx.x % 32 < blockDim.x / 32 ? of_warp[threadIdx.x % 32] : 0);
 }
 
-template <class Row>
+// Where the two words of a vector go in the order of layouts/e4m3_fragments.py: of every 16 words, 4 c + r and 4 r + c change
+// places.
+__device__ __forceinline__ void store_transposed(unsigned char* values, int vector, uint2 words) {
+    u32* to = reinterpret_cast<u32*>(values) + vector / 8 * 16 + vector % 2 * 8 + vector % 8 / 2;
+    to[0] = words.x, to[4] = words.y;
+}
+
+// TRANSPOSED: in that order, with zeros up to a multiple of 64 columns.
+template <bool TRANSPOSED = false, class Row>
 __device__ __forceinline__ void quantize_row(const Row& row, int columns, unsigned char* values, float* scale) {
-    const int vectors = columns / 8, first_again = threadIdx.x + KEPT * blockDim.x;
+    const int vectors = columns / 8, stored = TRANSPOSED ? (vectors + 7) / 8 * 8 : vectors, again = KEPT * blockDim.x;
     typename Row::Loaded loaded[KEPT];
 #pragma unroll
     for (int i = 0; i < KEPT; i++) loaded[i] = row.load(min((int)(threadIdx.x + i * blockDim.x), vectors - 1));
@@ -92,7 +101,7 @@ __device__ __forceinline__ void quantize_row(const Row& row, int columns, unsign
         kept[i] = row.values(loaded[i]);
         largest = largest_of(largest, kept[i]);
     }
-    for (int vector = first_again; vector < vectors; vector += blockDim.x)
+    for (int vector = again + threadIdx.x; vector < vectors; vector += blockDim.x)
         largest = largest_of(largest, row.values(row.load(vector)));
 
     const float amax = amax_or_floor(__uint_as_float(largest_of_block(largest))), inverse = __fdiv_rn(448.0f, amax);
@@ -102,14 +111,18 @@ __device__ __forceinline__ void quantize_row(const Row& row, int columns, unsign
         for (int i = 0; i < 8; i++) v.value[i] = __fmul_rn(v.value[i], inverse);
         const u32 low = e4m3_quad(v.value[0], v.value[1], v.value[2], v.value[3]);
         const u32 high = e4m3_quad(v.value[4], v.value[5], v.value[6], v.value[7]);
-        reinterpret_cast<uint2*>(values)[vector] = make_uint2(low, high);
+        if (TRANSPOSED)
+            store_transposed(values, vector, vector < vectors ? make_uint2(low, high) : make_uint2(0, 0));
+        else
+            reinterpret_cast<uint2*>(values)[vector] = make_uint2(low, high);
     };
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
         const int vector = threadIdx.x + i * blockDim.x;
-        if (vector < vectors) write(vector, kept[i]);
+        if (vector < stored) write(vector, kept[i]);
     }
-    for (int vector = first_again; vector < vectors; vector += blockDim.x) write(vector, row.values(row.load(vector)));
+    for (int vector = again + threadIdx.x; vector < stored; vector += blockDim.x)
+        write(vector, row.values(row.load(min(vector, vectors - 1))));
 }
 
 // x (T, columns), columns a multiple of 8 -> values (T, columns), scales (T,). One block a row.
@@ -129,6 +142,29 @@ __device__ __forceinline__ void quantize_rows(const Element* x, int columns, uns
 QUANTIZE_ROWS(quantize_rows_bf16, BFloat16)
 QUANTIZE_ROWS(quantize_rows_fp16, Float16)
 QUANTIZE_ROWS(quantize_rows_fp32, Float32)
+
+// Row r of values (.., columns up to a multiple of 64) is row gather[r] of x, or r where there is no such list; rows: how
+// many. One block a row.
+template <class Element>
+__device__ __forceinline__ void enter_rows(const Element* x, int columns, const int* rows, const int* gather,
+                                           unsigned char* values, float* scales) {
+    let_next_launch_begin();
+    wait_for_launch_before();
+    const int row = blockIdx.x;
+    if (row >= __ldcg(rows)) return;
+    const size_t from = gather ? __ldcg(gather + row) : row;
+    unsigned char* to = values + (size_t)row * ((columns + 63) / 64 * 64);
+    quantize_row<true>(RowOfX<Element>{x + from * columns}, columns, to, scales + row);
+}
+
+#define ENTER_ROWS(name, Element)                                                                             \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                \
+        name(const Element* x, int columns, const int* rows, const int* gather, unsigned char* values, float* scales) { \
+        enter_rows(x, columns, rows, gather, values, scales);                                                 \
+    }
+ENTER_ROWS(enter_rows_bf16, BFloat16)
+ENTER_ROWS(enter_rows_fp16, Float16)
+ENTER_ROWS(enter_rows_fp32, Float32)
 
 // gate_up (T, 2 columns) bf16, gate's columns and then up's -> values (T, columns), scales (T,). One block a row.
 extern "C" __global__ void __launch_bounds__(MOST_THREADS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 activations on Hopper, any number of tokens: weights to e4m3, and the vendor's FP8 GEMM with a scale per row.
+"""FP8 activations of a shared expert on Hopper: weights to e4m3, and the vendor's FP8 GEMM with a scale per row.
 
     fp8.cu       x -> e4m3 and a scale per token
     unpack.cu    W1, W3 -> e4m3 and a scale per output row
@@ -36,6 +36,7 @@ _QUANTIZE_ROWS = {
     torch.float16: "quantize_rows_fp16",
     torch.float32: "quantize_rows_fp32",
 }
+_ENTER_ROWS = {dtype: name.replace("quantize", "enter") for dtype, name in _QUANTIZE_ROWS.items()}
 _UNPACK_THREADS, _CHUNKS_OF_BLOCK = 256, 16  # as in unpack.cu
 _VALUES_OF_THREAD, _WARP, _MOST_THREADS = 32, 32, 1024  # as in fp8.cu
 
@@ -99,6 +100,23 @@ def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     """x (T, K) bf16, fp16 or fp32 to values (T, K) e4m3 and scales (T, 1) fp32: `quantize_fp8_rows`, byte for byte."""
     kernel = _kernel(_QUANTIZE_ROWS[x.dtype], x.device)
     launch_kernel(kernel, (x.shape[0],), _threads(x.shape[1]), x, np.int32(x.shape[1]), values, scales)
+
+
+def enter_rows(x: Tensor, rows: Tensor, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
+    """As `quantize_rows`, row gather[r] of x for row r (None: r), in the order of layouts/e4m3_fragments.py.
+
+    Args:
+        rows: (1,) int32: how many, at most len(values).
+        values: (R, K up to a multiple of 64) e4m3, zero where x has no column.
+    """
+    kernel = _kernel(_ENTER_ROWS[x.dtype], x.device)
+    threads = _threads(values.shape[1])
+    launch_kernel(kernel, (len(values),), threads, x, np.int32(x.shape[1]), rows, gather, values, scales)
+
+
+def prepare_rows(device: torch.device) -> None:
+    """Compile and load `enter_rows` for bf16."""
+    _kernel(_ENTER_ROWS[torch.bfloat16], device)
 
 
 def swiglu_quantize(gate_up: Tensor, limit: float, h: Tensor, scales: Tensor) -> None:

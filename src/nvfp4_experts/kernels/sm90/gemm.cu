@@ -18,15 +18,20 @@
 // GROUPED: weights of several experts, one after the other, and a list of tiles that group.cu made: rows of activations
 // and their expert. A tile of few rows is multiplied by narrower wgmmas. One part only.
 //
+// FP8 (GROUPED alone): weights as layouts/e4m3_fragments.py packs them become e4m3 in units of their row's amax / 448;
+// activations are e4m3 in the order that it says, with a scale a row. Half of the wgmmas.
+//
 // Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 83
 // instructions for 16 rows x 64 columns, 45 of them on the pipe that takes one every other cycle, whatever TOKENS is.
+// FP8: twice the flops a cycle, and FP8INSTR instructions.
 //
 // Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a consumer
-//   thread), SHARED_BYTES (of the launch), GROUPED and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16,
+//   thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16,
 //   quantised with a static scale.
 
 #include "common.cuh"
 #include "async.cuh"
+#include "e4m3.cuh"
 
 #define BF16 0
 #define FP16 1
@@ -40,8 +45,12 @@ constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUP
 constexpr int NARROWEST = TOKENS >= 96 ? TOKENS - 16 : TOKENS / 2, NARROWER = TOKENS < 96 ? TOKENS / 2 : OUT == NVFP4 ? 16 : 8;
 
 constexpr int ROWS = 64 * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
-constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES, TOKEN_BYTES = TOKENS * 128;  // of a chunk
-constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;               // of 64 columns; of 8 tokens
+constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;  // of 64 columns; of 8 tokens
+constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES;                   // of a chunk
+constexpr int BOX_CHUNKS = FP8 ? 2 : 1, BOX_BYTES = TOKENS * 128;       // of activations: rows of 128 bytes
+constexpr int STAGE_BOXES = STAGE_CHUNKS / BOX_CHUNKS, STEPS = FP8 ? 2 : 4;  // STEPS: wgmmas of a chunk, 32 bytes each
+constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : BOX_BYTES;                // bytes from a chunk of activations to the next
+static_assert(!FP8 || GROUPED, "row_amax comes with the list of tiles");
 constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // that a part finishes, at most
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
 __device__ constexpr int part_of(int group) {
@@ -58,7 +67,7 @@ struct TokenTile {
 
 struct Arguments {
     TensorMap weights;      // (experts x tiles of 16 rows, chunks, 144) words, box (ROW_WARPS, STAGE_CHUNKS, 144)
-    TensorMap activations;  // (tokens, columns) bf16, box (TOKENS, 64), 128-byte swizzle
+    TensorMap activations;  // (tokens, columns) bf16 or e4m3, box (TOKENS, 128 bytes), 128-byte swizzle
     const float* weight_scales;  // of each expert; GATE_UP: of gate, of up; DOWN: of down
     const float* token_scales;   // of the activations: one, one a token, or one an expert; null: 1
     const float* hidden_scale;   // NVFP4: the static scale of h, of each expert
@@ -69,6 +78,7 @@ struct Arguments {
     const TokenTile* token_tiles;
     const int* token_tile_count;
     const float* row_weights;  // of each row of the activations, for what comes out; null: 1
+    const BFloat16* row_amax;  // FP8: of each expert's weight rows; GATE_UP: of gate's, then of up's
 #endif
 };
 
@@ -79,12 +89,15 @@ struct Scales {
 struct Tile {
     TokenTile tokens;
     Scales scales;
+#if FP8
+    alignas(16) BFloat16 row_amax[ROWS];  // GATE_UP: half of them gate's, half up's
+#endif
 };
 
 struct Shared {
     union {
         struct {
-            alignas(1024) unsigned char activations[STAGES][STAGE_CHUNKS][TOKEN_BYTES];
+            alignas(1024) unsigned char activations[STAGES][STAGE_BOXES][BOX_BYTES];
             alignas(128) unsigned char weights[STAGES][STAGE_CHUNKS * WEIGHT_BYTES];  // [row warp][chunk]
         };
         float4 sums[PARTS > 1 ? PARTS : 1][PARTS > 1 ? COLUMN_GROUPS * SHARE : 1][ROW_WARPS * 32];
@@ -152,39 +165,63 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int split, A
     }
 }
 
+// A lane's part of a chunk of weights, as it lies in shared memory and as its A operands. inverses: with FP8, of its rows.
+struct Packed {
+    uint4 codes;
+#if FP8
+    u32 scales;
+    __device__ Packed(Address chunk, int lane) : codes(load_16(chunk + lane * 16)), scales(load_2(chunk + CODE_BYTES + lane * 2)) {}
+#else
+    uint2 scales;
+    __device__ Packed(Address chunk, int lane) : codes(load_16(chunk + lane * 16)), scales(load_8(chunk + CODE_BYTES + lane / 4 * 8)) {}
+#endif
+    __device__ __forceinline__ void decode(u32 offsets, const float (&inverses)[2], u32 (&a)[STEPS][4]) const {
+#if FP8
+        decode_chunk_e4m3(codes, scales, inverses, a);
+#else
+        decode_chunk(codes, scales, offsets, a);
+#endif
+    }
+};
+
+template <int N>
+__device__ __forceinline__ void multiply_chunk(float (&sums)[N / 2], const u32 (&a)[STEPS][4], u32 b) {
+    mma_fence();
+#pragma unroll
+    for (int j = 0; j < STEPS; j++) {
+#if FP8
+        mma_async_e4m3<N>(sums, a[j], b + 2 * j);
+#else
+        mma_async_bf16<N>(sums, a[j], b + 2 * j);
+#endif
+    }
+    mma_commit();
+    mma_wait<1>();  // the chunk before has been multiplied
+}
+
 // The sums over this warpgroup's columns, 64 rows x N tokens; sums[4 i + 2 h + e]: row g + 8 h, token 8 i + 2 c + e.
 template <int N>
 __device__ __forceinline__ void multiply(int steps, int row_warp, int column_group, const Shared& shared,
-                                         Ring<STAGES>& ring, float (&all_sums)[TOKENS / 2]) {
+                                         const float (&inverses)[2], Ring<STAGES>& ring, float (&all_sums)[TOKENS / 2]) {
     auto& sums = reinterpret_cast<float (&)[N / 2]>(all_sums);
     const int lane = threadIdx.x % 32;
     const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
     const Address weights =
         shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
-    const u32 operand = mma_operand(shared_address(shared.activations[0][2 * column_group]));
+    const u32 operand = mma_operand(shared_address(shared.activations[0][2 / BOX_CHUNKS * column_group]));
     const u32 offsets = load_4(shared_address(&shared.scale_offsets));
-    u32 first[4][4], second[4][4];
+    u32 first[STEPS][4], second[STEPS][4];
     u32 before = 0;
     for (int i = 0; i < steps; i++) {
         const Address from = weights + ring.slot * (STAGE_CHUNKS * WEIGHT_BYTES);
-        const u32 b = operand + ring.slot * (STAGE_CHUNKS * TOKEN_BYTES / 16);
+        const u32 b = operand + ring.slot * (STAGE_BOXES * BOX_BYTES / 16);
         barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
-        const Address codes_of_lane = from + lane * 16, scales_of_lane = from + CODE_BYTES + lane / 4 * 8;
-        const uint4 codes = load_16(codes_of_lane), more_codes = load_16(codes_of_lane + CHUNK_BYTES);
-        const uint2 scales = load_8(scales_of_lane), more_scales = load_8(scales_of_lane + CHUNK_BYTES);
-        decode_chunk(codes, scales, offsets, first);
-        mma_fence();
-#pragma unroll
-        for (int j = 0; j < 4; j++) mma_async<N>(sums, first[j], b + 2 * j);
-        mma_commit();
-        mma_wait<1>();  // the stage before has been read: its slot may be filled again
-        if (i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
-        decode_chunk(more_codes, more_scales, offsets, second);
-        mma_fence();
-#pragma unroll
-        for (int j = 0; j < 4; j++) mma_async<N>(sums, second[j], b + TOKEN_BYTES / 16 + 2 * j);
-        mma_commit();
-        mma_wait<1>();
+        const Packed packed(from, lane), more(from + CHUNK_BYTES, lane);
+        packed.decode(offsets, inverses, first);
+        multiply_chunk<N>(sums, first, b);
+        if (i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);  // that stage's slot may be filled again
+        more.decode(offsets, inverses, second);
+        multiply_chunk<N>(sums, second, b + NEXT_CHUNK / 16);
         before = ring.slot;
         ring.next();
     }
@@ -196,12 +233,12 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
 
 // By the narrowest of two or three widths that holds `count` tokens; the registers are not enough for more.
 template <int N = NARROWEST>
-__device__ __forceinline__ void multiply_few(int count, int steps, int row_warp, int column_group, const Shared& shared,
-                                             Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
+__device__ __forceinline__ void multiply_few(int count, int steps, int row_warp, const Shared& shared,
+                                             const float (&inverses)[2], Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
     if (N == TOKENS || count <= N)
-        multiply<N>(steps, row_warp, column_group, shared, ring, sums);
+        multiply<N>(steps, row_warp, 0, shared, inverses, ring, sums);
     else
-        multiply_few<N == TOKENS ? N : N + NARROWER>(count, steps, row_warp, column_group, shared, ring, sums);
+        multiply_few<N == TOKENS ? N : N + NARROWER>(count, steps, row_warp, shared, inverses, ring, sums);
 }
 
 // Sends every group of tokens to the part that finishes it; returns the whole sums of this part's share.
@@ -242,77 +279,6 @@ __device__ __forceinline__ void exchange(int part, Shared& shared, const float (
     }
 }
 
-__device__ __forceinline__ u32 transposed(u32 pair) {
-    u32 result;
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
-    return result;
-}
-
-// Eight rows by eight tokens, v[e] of row g and token 2 c + e, to out[token][row]: a lane writes rows 2 c, 2 c + 1 of token g.
-__device__ __forceinline__ void store_8x8(void* out, size_t stride, int row, int token, int tokens, float v0, float v1) {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-#if OUT == FP32
-    float* to = reinterpret_cast<float*>(out) + (token + 2 * c) * stride + row + g;
-    if (token + 2 * c < tokens) to[0] = v0;
-    if (token + 2 * c + 1 < tokens) to[stride] = v1;
-#else
-#if OUT == FP16
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v1), "f"(v0));
-#else
-    u32 pair = bf16_pair(v0, v1);
-#endif
-    pair = transposed(pair);
-    if (token + g < tokens) reinterpret_cast<u32*>(reinterpret_cast<u16*>(out) + (token + g) * stride + row)[c] = pair;
-#endif
-}
-
-#if OUT == NVFP4
-// One round of finding the largest |.| over the lanes of a column, the rows g of token c: a lane hands half of its values
-// to the lane at `distance` and takes the larger of the other half. Which half it keeps is the bit of its g.
-template <int VALUES>
-__device__ __forceinline__ void halve(u32 (&values)[8], int distance) {
-    const bool upper = threadIdx.x & distance;
-#pragma unroll
-    for (int i = 0; i < VALUES / 2; i++) {
-        const u32 got = __shfl_xor_sync(~0u, upper ? values[i] : values[i + VALUES / 2], distance);
-        values[i] = max(upper ? values[i + VALUES / 2] : values[i], got);
-    }
-}
-
-// h to NVFP4 values. A block of 16 channels is that of two neighbouring warps. Of 32 tokens at a time, each lane finds the
-// largest value and the scale of one, for all lanes of its warp to take.
-__device__ __forceinline__ void quantize_share(float s, Shared& shared, float (&h)[SHARE * 4]) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, c = lane % 4;
-    const float g = __frcp_rn(s);
-#pragma unroll
-    for (int first = 0; first < SHARE; first += 4) {
-        u32 largest[8];  // [4 e + i]: of token 8 i + 2 c + e
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                largest[4 * e + i] = first + i < SHARE ? __float_as_uint(h[4 * (first + i) + e]) & 0x7FFFFFFFu : 0;
-        halve<8>(largest, 16), halve<4>(largest, 8), halve<2>(largest, 4);
-        // This lane's: e is the upper bit of its row g, i the two others.
-        const int token = lane / 4 % 4 * 8 + 2 * c + lane / 16;
-        shared.amax[warp][token] = largest[0];
-        sync_threads(2 + warp / 2, 64);
-        const BlockScale block = block_scale(max(largest[0], shared.amax[warp ^ 1][token]), g, s);
-        shared.block_scales[warp][token] = make_float2(block.scale, block.inverse);
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < 4 && first + i < SHARE; i++) {
-            const float4 scales = reinterpret_cast<const float4*>(&shared.block_scales[warp][8 * i])[c];
-            float* of_group = h + 4 * (first + i);
-            of_group[0] = quantize_value(of_group[0], {scales.x, scales.y});
-            of_group[1] = quantize_value(of_group[1], {scales.z, scales.w});
-        }
-        sync_threads(2 + warp / 2, 64);  // both have read
-    }
-}
-#endif
-
 // What sums are multiplied by: the weights' scales, times the activations' if they share one. Asked for before there are
 // sums, and kept out of the registers meanwhile, in shared memory.
 __device__ __forceinline__ Scales load_scales(const Arguments& arguments, int expert) {
@@ -327,58 +293,43 @@ __device__ __forceinline__ Scales load_scales(const Arguments& arguments, int ex
     return scales;
 }
 
-__device__ __forceinline__ float scale_of(const Arguments& arguments, int token, int end) {
-    return arguments.scaling == SCALE_OF_TOKEN && token < end ? __ldcg(arguments.token_scales + token) : 1.0f;
+// What the sums of this lane's rows g and g + 8 are multiplied by, and with FP8 how their weights become e4m3.
+struct Rows {
+    float factors[2], inverses[2];
+};
+
+__device__ __forceinline__ Rows rows_of(const Scales& scales) {
+    return {{scales.factors[0], scales.factors[GATE_UP ? 1 : 0]}, {}};
 }
 
-__device__ __forceinline__ float weight_of(const Arguments& arguments, int token, int end) {
-#if GROUPED
-    if (arguments.row_weights && token < end) return __ldcg(arguments.row_weights + token);
-#endif
-    return 1.0f;
+#if FP8
+__device__ __forceinline__ Rows rows_of(const Tile& tile, int row_warp) {
+    Rows rows = rows_of(tile.scales);
+    const int g = threadIdx.x % 32 / 4, row = row_warp * (GATE_UP ? 8 : 16) + g;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const float amax = amax_or_floor(to_float(tile.row_amax[row + h * (GATE_UP ? ROWS / 2 : 8)]));
+        rows.factors[h] *= __fdiv_rn(amax, 448.0f), rows.inverses[h] = inverse_of(amax);
+    }
+    return rows;
 }
 
-// Scales, SwiGLU and the result's format for 16 rows from `row` and the tokens [first_token, end_token).
-__device__ __forceinline__ void finish(const Arguments& arguments, const Scales& scales, int row, int first_token,
-                                       int end_token, Shared& shared, float (&sums)[SHARE * 4]) {
-    const int c = threadIdx.x % 4;
-#if GATE_UP
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        if (GROUPED && first_token + 8 * i >= end_token) break;
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int token = first_token + 8 * i + 2 * c + e;
-            const float scale = scale_of(arguments, token, end_token);
-            const float gate = sums[4 * i + e] * UNPACKED, up = sums[4 * i + 2 + e] * UNPACKED;
-            sums[4 * i + e] = swiglu(gate * (scale * scales.factors[0]), up * (scale * scales.factors[1]), arguments.limit) *
-                              weight_of(arguments, token, end_token);
-        }
-    }
-#if OUT == NVFP4
-    quantize_share(scales.hidden, shared, sums);
-#endif
-    if (row >= arguments.rows) return;
-#pragma unroll
-    for (int i = 0; i < SHARE; i++)
-        store_8x8(arguments.out, arguments.rows / 2, row / 2, first_token + 8 * i, end_token, sums[4 * i], sums[4 * i + 1]);
-#else
-    if (row >= arguments.rows) return;
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        const int token = first_token + 8 * i, mine = token + 2 * c;
-        if (GROUPED && token >= end_token) break;
-        const float scale_0 = scale_of(arguments, mine, end_token) * scales.factors[0];
-        const float scale_1 = scale_of(arguments, mine + 1, end_token) * scales.factors[0];
-        const float weight_0 = weight_of(arguments, mine, end_token), weight_1 = weight_of(arguments, mine + 1, end_token);
-#pragma unroll
-        for (int h = 0; h < 2; h++)
-            store_8x8(arguments.out, arguments.rows, row + 8 * h, token, end_token,
-                      sums[4 * i + 2 * h] * UNPACKED * scale_0 * weight_0,
-                      sums[4 * i + 2 * h + 1] * UNPACKED * scale_1 * weight_1);
-    }
-#endif
+// The amax of a tile's weight rows: how many bytes, and their copy.
+__device__ __forceinline__ u32 row_amax_bytes(const Arguments& arguments, int row) {
+    return min(ROWS, arguments.rows - row) * sizeof(BFloat16);
 }
+__device__ __forceinline__ void copy_row_amax(const Arguments& arguments, int expert, int row, Tile& tile, Address barrier) {
+    constexpr int HALVES = GATE_UP ? 2 : 1;
+    const size_t of_half = arguments.rows / HALVES;
+#pragma unroll
+    for (int h = 0; h < HALVES; h++)
+        copy_to_shared(shared_address(&tile.row_amax[h * (ROWS / 2)]),
+                       arguments.row_amax + (expert * HALVES + h) * of_half + row / HALVES,
+                       row_amax_bytes(arguments, row) / HALVES, barrier);
+}
+#endif
+
+#include "finish.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(const __grid_constant__ Arguments arguments) {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -418,11 +369,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
                 const Address barrier = full + slot * BARRIER_BYTES;
 #if GROUPED
                 if (stage == 0) {
-                    shared.tiles[place.slot] = {tokens, load_scales(arguments, tokens.expert)};
-                    place.next();
+                    Tile& tile = shared.tiles[place.slot];
+                    tile.tokens = tokens, tile.scales = load_scales(arguments, tokens.expert);
                 }
 #endif
+#if FP8
+                const u32 amax_bytes = stage == 0 ? row_amax_bytes(arguments, row) : 0;
+                barrier_expect(barrier, STAGE_CHUNKS * WEIGHT_BYTES + amax_bytes);
+                if (stage == 0) copy_row_amax(arguments, tokens.expert, row, shared.tiles[place.slot], barrier);
+#else
                 barrier_expect(barrier, STAGE_CHUNKS * WEIGHT_BYTES);
+#endif
+#if GROUPED
+                if (stage == 0) place.next();
+#endif
                 copy_box(weights + slot * (STAGE_CHUNKS * WEIGHT_BYTES), arguments.weights, 0, stage * STAGE_CHUNKS,
                          (tokens.expert * arguments.rows + row) / 16, barrier);
             });
@@ -432,11 +392,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
             const Address activations = shared_address(shared.activations);
             produce(arguments, split, empty, [&](u32 slot, int, const TokenTile& tokens, int stage) {
                 const Address barrier = full + slot * BARRIER_BYTES;
-                barrier_expect(barrier, STAGE_CHUNKS * TOKEN_BYTES);
+                barrier_expect(barrier, STAGE_BOXES * BOX_BYTES);
 #pragma unroll
-                for (int i = 0; i < STAGE_CHUNKS; i++)
-                    copy_box(activations + (slot * STAGE_CHUNKS + i) * TOKEN_BYTES, arguments.activations,
-                             (stage * STAGE_CHUNKS + i) * 64, tokens.first, barrier);
+                for (int i = 0; i < STAGE_BOXES; i++)
+                    copy_box(activations + (slot * STAGE_BOXES + i) * BOX_BYTES, arguments.activations,
+                             (stage * STAGE_BOXES + i) * BOX_CHUNKS * 64, tokens.first, barrier);
             });
         }
     } else {
@@ -450,8 +410,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
             barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);  // the producer has said which tile it is
             const Tile& tile = shared.tiles[place.slot];
             float sums[TOKENS / 2] = {};
-            multiply_few(tile.tokens.end - tile.tokens.first, work.end, row_warp, 0, shared, ring, sums);
-            finish(arguments, tile.scales, work.row() + row_warp * 16, tile.tokens.first, tile.tokens.end, shared, sums);
+#if FP8
+            const Rows rows = rows_of(tile, row_warp);
+#else
+            const Rows rows = rows_of(tile.scales);
+#endif
+            multiply_few(tile.tokens.end - tile.tokens.first, work.end, row_warp, shared, rows.inverses, ring, sums);
+            finish(arguments, rows, tile.scales.hidden, work.row() + row_warp * 16, tile.tokens.first, tile.tokens.end,
+                   shared, sums);
         }
 #else
         const int column_group = warp / ROW_WARPS;
@@ -460,16 +426,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
         for (Work work(arguments, split); work.more(); work.next()) {
             const int row = work.row() + row_warp * 16, token = work.tokens(arguments, work.tile).first;
             float sums[TOKENS / 2] = {};
-            multiply<TOKENS>(work.end - work.begin, row_warp, column_group, shared, ring, sums);
+            multiply<TOKENS>(work.end - work.begin, row_warp, column_group, shared, {}, ring, sums);
             const Scales scales = shared.scales[warp];
+            const Rows rows = rows_of(scales);
 #if PARTED
             float whole[SHARE * 4];
             const int part = split * COLUMN_GROUPS + column_group;
             exchange(part, shared, sums, whole);
             const int end = min(arguments.tokens, token + first_group(part + 1) * 8);
-            finish(arguments, scales, row, token + first_group(part) * 8, end, shared, whole);
+            finish(arguments, rows, scales.hidden, row, token + first_group(part) * 8, end, shared, whole);
 #else
-            finish(arguments, scales, row, token, arguments.tokens, shared, sums);
+            finish(arguments, rows, scales.hidden, row, token, arguments.tokens, shared, sums);
 #endif
         }
 #endif

@@ -36,6 +36,7 @@ BF16, NVFP4 = 0, 3
 OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ENTER_THREADS, ENTER_VALUES = 256, 8  # THREADS and VALUES of enter.cu
 SCALE_OF_ALL, SCALE_OF_TOKEN, SCALE_OF_EXPERT = 0, 1, 2  # of gemm.cu
+_BOX_BYTES = 128  # of a row of activations
 _MODE = {"static": 1, "dynamic": 2, "per_token": 3}
 
 
@@ -127,11 +128,13 @@ def run_half(
     hidden_scale: Tensor | None = None,
     scaling: int = SCALE_OF_ALL,
     groups: Groups | None = None,
+    row_amax: Tensor | None = None,
 ) -> None:
     """One GEMM of the layer with what follows it; gemm.cu says what is computed.
 
     Args:
-        values: (T, K) bf16, aligned to 16 bytes.
+        values: (T, K) bf16, or e4m3 as `fp8.enter_rows` writes it (`config.fp8`, K then a multiple of 64); aligned
+            to 16 bytes.
         packed: `rows` packed weight rows of K columns; with groups of each expert, one after the other.
         weight_scales: (2,) fp32 of gate and up, or (1,) of down; with groups (E, 2) or (E, 1).
         out: (T, rows / 2) or (T, rows), aligned to 4 bytes; with groups, a row for each of theirs.
@@ -140,6 +143,7 @@ def run_half(
         hidden_scale: () or (E,) fp32: h is quantised to NVFP4 values with it; None leaves it as `out.dtype` holds it.
         scaling: whose token_scales are: SCALE_OF_ALL, SCALE_OF_TOKEN or SCALE_OF_EXPERT.
         groups: which rows belong to which expert; None: all to the only one.
+        row_amax: (E, 2, I) or (E, H) bf16, for e4m3.
     """
     tokens, columns = values.shape
     out_kind = NVFP4 if hidden_scale is not None else OUT[out.dtype]
@@ -149,7 +153,7 @@ def run_half(
     arguments = struct.pack(
         "<128s128s4Q4if",
         _weight_map(packed.data_ptr(), tiles, chunks, config.rows // ROWS, config.stage_chunks),
-        _activation_map(values.data_ptr(), tokens, columns, config.tokens),
+        _activation_map(values.data_ptr(), tokens, columns, config.tokens, values.dtype.itemsize),
         weight_scales.data_ptr(),
         _address(token_scales),
         _address(hidden_scale),
@@ -168,7 +172,8 @@ def run_half(
         arguments += bytes(12)
     else:
         blocks = multiprocessors
-        arguments += struct.pack("<4x3Q48x", *map(_address, (groups.tiles, groups.counts, groups.weights)))
+        more = groups.tiles, groups.counts, groups.weights, row_amax
+        arguments += struct.pack("<4x4Q40x", *map(_address, more))
     shape = blocks * config.split, config.threads, config.shared_bytes
     launch_structure(kernel, *shape, arguments, values.device, cluster=config.split)
 
@@ -239,6 +244,7 @@ def macros_of(config: GemmConfig, gate_up: bool, out: int = BF16, grouped: bool 
         ("SHARED_BYTES", config.shared_bytes),
         ("OUT", out),
         ("GROUPED", int(grouped)),
+        ("FP8", int(config.fp8)),
     )
 
 
@@ -254,13 +260,15 @@ def _weight_map(address: int, tiles: int, chunks: int, box_tiles: int, box_chunk
 
 
 @functools.lru_cache(maxsize=4096)
-def _activation_map(address: int, tokens: int, columns: int, box_tokens: int) -> bytes:
-    """(tokens, columns) bf16, a box of box_tokens rows of 64 columns as wgmma wants it; zeros outside."""
+def _activation_map(address: int, tokens: int, columns: int, box_tokens: int, value_bytes: int) -> bytes:
+    """(tokens, columns) bf16 or e4m3, a box of box_tokens rows of 128 bytes as wgmma wants it; zeros outside."""
     from cuda.bindings import driver
 
-    kind = driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+    kinds = driver.CUtensorMapDataType
+    kind = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8 if value_bytes == 1 else kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
     swizzle = driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
-    return _tensor_map(kind, address, (columns, tokens), (2 * columns,), (COLUMNS, box_tokens), swizzle)
+    box = _BOX_BYTES // value_bytes, box_tokens
+    return _tensor_map(kind, address, (columns, tokens), (value_bytes * columns,), box, swizzle)
 
 
 def _tensor_map(

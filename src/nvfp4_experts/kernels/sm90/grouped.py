@@ -2,25 +2,30 @@
 """Routed experts on Hopper, any number of tokens: gemm.cu over rows that lie expert by expert.
 
     group.cu          slots -> rows, expert by expert; tiles of rows
-    enter_rows.cu     x -> a row for each slot: bf16, or NVFP4 values and their scale
+    enter_rows.cu     x -> a row for each slot: bf16, or NVFP4 values and their scale    (fp8: fp8.cu, e4m3 and a scale)
     gemm.cu           rows @ W1.T, rows @ W3.T, clamp, SwiGLU, routing weight -> h     (static: quantised there)
-    enter_rows.cu     nvfp4 dynamic and per_token: h, fp32, to values and scale
+    enter_rows.cu     nvfp4 dynamic and per_token: h, fp32, to values and scale          (fp8: fp8.cu, h in bf16)
     gemm.cu           h @ W2.T -> fp32 rows
     combine.cu        each token's rows, in the order of its slots -> y
 
-Nothing is read by the host. Scratch: for each slot of a call what enters both GEMMs, and an fp32 row.
+Operands and sums are those of kernels/reference.py, but that with fp8 h is rounded to bf16 before it enters, and the
+tensor cores keep 13 fractional bits of a running sum. Nothing is read by the host. Scratch: for each slot of a call
+what enters both GEMMs, and an fp32 row.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...layouts.fragments import COLUMNS
 from ..cuda.workspace import Part, carve
 from ..dispatch import Call, Routing
+from . import fp8
 from .compile import compile_all, launch_kernel, load_kernel
 from .config import GemmConfig
 from .gemm import (
@@ -50,29 +55,30 @@ _LISTS = ("counts", "tiles", "row_of_slot", "token_of_row", "expert_of_row", "we
 _NONE, _STATIC, _OF_ALL, _OF_ROW, _OF_EXPERT = range(5)
 _OF_X = {"bf16": _NONE, "static": _STATIC, "dynamic": _OF_ALL, "per_token": _OF_ROW}
 _OF_H = {"dynamic": _OF_EXPERT, "per_token": _OF_ROW}
+_ENTERS_H = ("fp8", *_OF_H)  # by a launch of its own; else gemm.cu writes h as it enters the second half
 _SCALING = {_STATIC: SCALE_OF_EXPERT, _OF_ROW: SCALE_OF_TOKEN, _OF_EXPERT: SCALE_OF_EXPERT}
 
 
 def routed_experts(
     x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor, addend: Tensor | None = None
 ) -> None:
-    """x (T, H) to out (T, H), which may be fp32; not for "fp8".
+    """x (T, H) to out (T, H), which may be fp32.
 
     Args:
         weights: as stacks of what `Sm90Backend.pack` makes.
         addend: (T, H) fp32, added to each token's sum.
     """
-    gate_up, global_scales, row_amax, down, down_global_scales, _ = weights
+    gate_up, global_scales, row_amax, down, down_global_scales, down_row_amax = weights
     (tokens, hidden), top_k = x.shape, routing.indices.shape[1]
     experts, _, size = row_amax.shape
-    mode = call.activation_scale if call.activations == "nvfp4" else "bf16"
+    mode = mode_of(call)
     layout = scratch(mode, hidden, size, experts, tokens, top_k)
     made = dict(zip(layout, carve(x.device, *layout.values()), strict=True))
-    config = config_of(tokens * top_k, experts)
+    config = config_of(tokens * top_k, experts, mode)
     _group(routing, experts, config.tokens, made)
     before, weights_of_rows = routing.weighting == "before_down", made["weight_of_row"]
 
-    scale = _enter(x, _OF_X[mode], call.input_scale, made, made["token_of_row"], made["values"])
+    scale = _enter(x, mode, call.input_scale, made, made["token_of_row"], made["values"])
     run_half(
         made["values"],
         gate_up,
@@ -84,13 +90,14 @@ def routed_experts(
         limit=call.clamp,
         token_scales=scale,
         hidden_scale=call.hidden_scale if mode == "static" else None,
-        scaling=_SCALING.get(_OF_X[mode], SCALE_OF_ALL),
+        scaling=_scaling(_OF_X, mode),
         groups=Groups(made["tiles"], made["counts"], weights_of_rows if before else None),
+        row_amax=row_amax,
     )
     h, scale = made["h"], call.hidden_scale if mode == "static" else None
-    if mode in _OF_H:
+    if mode in _ENTERS_H:
         h = made["h_values"]
-        scale = _enter(made["h"], _OF_H[mode], None, made, None, h)
+        scale = _enter(made["h"], mode, None, made, None, h)
     run_half(
         h,
         down,
@@ -100,34 +107,42 @@ def routed_experts(
         config,
         gate_up=False,
         token_scales=scale,
-        scaling=_SCALING.get(_OF_H.get(mode, _OF_X[mode]), SCALE_OF_ALL),
+        scaling=_scaling(_OF_X | _OF_H, mode),
         groups=Groups(made["tiles"], made["counts"], None if before else weights_of_rows),
+        row_amax=down_row_amax,
     )
     combine(made["rows"], made["row_of_slot"], top_k, addend, out)
 
 
-def config_of(slots: int, experts: int) -> GemmConfig:
+def mode_of(call: Call) -> str:
+    """What x and h enter as: an activation scale for "nvfp4", else the format itself."""
+    return call.activation_scale if call.activations == "nvfp4" else call.activations
+
+
+def config_of(slots: int, experts: int, mode: str) -> GemmConfig:
     """How both halves are cut for a number of slots, by how many an expert has on average."""
-    return next(config for most, config in _CONFIGS if most is None or slots <= most * experts)
+    config = next(config for most, config in _CONFIGS if most is None or slots <= most * experts)
+    return replace(config, fp8=mode == "fp8")
 
 
 def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int, top_k: int) -> dict[str, Part]:
-    """What `routed_experts` carves; mode is "bf16" or an activation scale."""
+    """What `routed_experts` carves; mode as `mode_of` says it."""
     slots = tokens * top_k
-    whole = mode not in _OF_H  # gemm.cu writes h as it enters the second half
+    values, multiple = (torch.float8_e4m3fn, COLUMNS) if mode == "fp8" else (torch.bfloat16, 1)
+    of_x, of_h = (-(-columns // multiple) * multiple for columns in (hidden, intermediate))
     parts: dict[str, Part] = {
         "counts": ((2,), torch.int32),
-        "tiles": ((slots // config_of(slots, experts).tokens + min(slots, experts), 4), torch.int32),
+        "tiles": ((slots // config_of(slots, experts, mode).tokens + min(slots, experts), 4), torch.int32),
         "row_of_slot": ((slots,), torch.int32),
         "token_of_row": ((slots,), torch.int32),
         "expert_of_row": ((slots,), torch.int32),
         "weight_of_row": ((slots,), torch.float32),
-        "values": ((slots, hidden), torch.bfloat16),
-        "h": ((slots, intermediate), torch.bfloat16 if whole else torch.float32),
+        "values": ((slots, of_x), values),
+        "h": ((slots, intermediate), torch.float32 if mode in _OF_H else torch.bfloat16),
         "rows": ((slots, hidden), torch.float32),
     }
-    if not whole:
-        parts["h_values"] = (slots, intermediate), torch.bfloat16
+    if mode in _ENTERS_H:
+        parts["h_values"] = (slots, of_h), values
         parts["scale"] = (max(slots, experts),), torch.float32
         parts["amax"], parts["partials"] = ((experts,), torch.int32), ((ENTER_THREADS,), torch.int32)
     return parts
@@ -140,8 +155,9 @@ def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.
     gemms = []
     for config in sorted(configs):
         for mode in modes:
-            h = {"bf16": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
-            gemms += [(config, True, h), (config, False, OUT[torch.float32])]
+            h = {"bf16": BF16, "fp8": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
+            cut = replace(config, fp8=mode == "fp8")
+            gemms += [(cut, True, h), (cut, False, OUT[torch.float32])]
     compile_all(("gemm.cu", macros_of(*of, grouped=True)) for of in gemms)
     for of in gemms:
         gemm_kernel(*of, device, grouped=True)
@@ -150,6 +166,9 @@ def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.
     for dtype in (torch.bfloat16, torch.float32):
         _combine_kernel(dtype, device)
     for mode in modes:
+        if mode == "fp8":
+            fp8.prepare_rows(device)
+            continue
         _enter_kernel("enter_rows", _OF_X[mode], torch.bfloat16, device)
         if mode in _OF_H:
             _enter_kernel("enter_rows", _OF_H[mode], torch.float32, device)
@@ -174,10 +193,19 @@ def _group(routing: Routing, experts: int, tile_rows: int, made: dict[str, Tenso
     )
 
 
+def _scaling(of: dict[str, int], mode: str) -> int:
+    """Whose the scales of activations are, for gemm.cu."""
+    return SCALE_OF_TOKEN if mode == "fp8" else _SCALING.get(of[mode], SCALE_OF_ALL)
+
+
 def _enter(
-    x: Tensor, of: int, static: Tensor | None, made: dict[str, Tensor], gather: Tensor | None, values: Tensor
+    x: Tensor, mode: str, static: Tensor | None, made: dict[str, Tensor], gather: Tensor | None, values: Tensor
 ) -> Tensor | None:
-    """Rows of x (gather[r] for row r; None: r) to values; returns their scale, None for none."""
+    """Rows of x (gather[r] for row r), or of h (None: r), to values; returns their scale, None for none."""
+    if mode == "fp8":
+        fp8.enter_rows(x, made["counts"][1:], gather, values, made["scale"])
+        return made["scale"]
+    of = (_OF_H if gather is None else _OF_X)[mode]
     counts, expert_of_row, columns = made["counts"], made["expert_of_row"], np.int32(x.shape[1])
     rows = len(expert_of_row)
     amax = made.get("partials" if of == _OF_ALL else "amax")

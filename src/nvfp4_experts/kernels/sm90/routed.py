@@ -3,9 +3,11 @@
 
     bf16, up to 8 tokens and 64 slots    routed_decode.py, one launch, a shared expert of the same size a group of it;
                                          not where I is below 100 or so (`routed_decode.fits`)
-    else                                 grouped.py; the shared expert first, its fp32 result added with the rows
+    else                                 grouped.py; the shared expert first, its fp32 result (fp8: bf16, as its GEMM
+                                         leaves it) added with the rows
 
-Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic").
+Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic"). fp8 is another backend,
+`sm90-fp8` (routed_fp8.py): its weights are packed otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from ..cuda.alignment import run_aligned
 from ..cuda.workspace import bytes_of, carve, exclusive, reserve
 from ..dispatch import Beside, Call, Problem, Routing
 from ..one_by_one import StackedExperts
-from . import gemm, grouped, routed_decode
+from . import fp8, gemm, grouped, routed_decode
 from .backend import BACKEND
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
@@ -26,18 +28,21 @@ _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
 class Sm90RoutedExperts(StackedExperts):
     """See the module docstring."""
 
+    fp8 = False
+
     def refusal(self, problem: Problem) -> str | None:
         if (reason := super().refusal(problem)) is not None:
             return reason
-        if problem.activations == "fp8":
-            return "has no kernel for routed experts with fp8 activations"
+        if (problem.activations == "fp8") != self.fp8:
+            return "packs weights for fp8 activations alone" if self.fp8 else "leaves fp8 activations to sm90-fp8"
         if problem.experts > _MAX_EXPERTS:
             return f"takes at most {_MAX_EXPERTS} experts"
         return None
 
     def prepare(self, problem: Problem, device: torch.device, max_tokens: int) -> None:
         """Compile and load what a call with bf16 hidden states runs, and reserve its scratch."""
-        modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
+        nvfp4 = problem.activations == "nvfp4"
+        modes = ("static", "dynamic", "per_token") if nvfp4 else (problem.activations,)
         sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
             grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
@@ -53,13 +58,18 @@ class Sm90RoutedExperts(StackedExperts):
             run_aligned(_run, x, weights, routing, call, out=out)
 
     def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
-        """Compile and load the shared expert's kernels with a result in fp32."""
-        if shared.activations != "fp8":
-            with torch.cuda.device(device):
+        """Compile and load the shared expert's kernels with a result in fp32, and reserve what they and it take."""
+        result = ((max_tokens, shared.hidden), torch.float32)
+        with torch.cuda.device(device):
+            if shared.activations == "fp8":
+                fp8.prepare(shared, device)
+                parts = fp8.scratch(shared.hidden, shared.intermediate, max_tokens, torch.float32)
+                reserve(device, bytes_of(parts) + bytes_of([result]))
+            else:
                 BACKEND.prepare_result(shared, device, max_tokens, torch.float32)
 
     def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
-        if beside.backend is not BACKEND or beside.call.activations == "fp8":
+        if beside.backend is not BACKEND:
             super().moe(x, weights, routing, call, beside, out)
             return
         with torch.cuda.device(x.device), exclusive(x.device):
@@ -81,11 +91,13 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
     # Scratch of the two calls begins at one place; what one hands the other lies behind both.
     tokens, hidden = x.shape
     experts, _, size = weights[2].shape
-    layouts = (
-        gemm.scratch(_mode(of_shared), hidden, beside.weights[2].shape[1], tokens, x.dtype),
-        grouped.scratch(_mode(call), hidden, size, experts, tokens, top_k),
-    )
-    used = max(bytes_of(list(layout.values())) for layout in layouts)
+    sizes = hidden, beside.weights[2].shape[1], tokens
+    of_routed = list(grouped.scratch(grouped.mode_of(call), hidden, size, experts, tokens, top_k).values())
+    if of_shared.activations == "fp8":
+        of_other = fp8.scratch(*sizes, torch.float32)
+    else:
+        of_other = list(gemm.scratch(grouped.mode_of(of_shared), *sizes, x.dtype).values())
+    used = max(bytes_of(of_routed), bytes_of(of_other))
     (addend,) = carve(x.device, ((tokens, hidden), torch.float32), behind=used)
     BACKEND.shared_expert(x, beside.weights, of_shared, addend)
     grouped.routed_experts(x, weights, routing, call, out, addend)
@@ -94,10 +106,6 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
 def _few(x: Tensor, weights: list[Tensor], routing: Routing, call: Call) -> bool:
     few = call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
     return few and routed_decode.fits(x.shape[1], weights[2].shape[2], x.device)
-
-
-def _mode(call: Call) -> str:
-    return call.activation_scale if call.activations == "nvfp4" else "bf16"
 
 
 ROUTED = Sm90RoutedExperts(BACKEND)

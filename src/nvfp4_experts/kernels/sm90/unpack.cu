@@ -14,28 +14,13 @@
 
 constexpr int COLUMNS = 64, CHUNKS_OF_WARP = 2, THREADS = 256;
 
-// e4m3 of the magnitudes 0, .5, 1, 1.5 (low) and 2, 3, 4, 6 (high), times a block scale and 448 / amax.
-struct Magnitudes {
-    u32 low, high;
-};
-
-// inverse: 448 / amax * 2^-7, which undoes the 2^7 of a scale byte. Only the products with 1 and 1.5 round; the others
-// are these times a power of two. A NaN scale makes NaN of code 0 too.
-__device__ __forceinline__ Magnitudes magnitudes(u32 scale_byte, float inverse) {
-    const float scale = to_float(Float16{(u16)(scale_byte << 7)});
-    const float one = __fmul_rn(scale, inverse), one_and_half = __fmul_rn(1.5f * scale, inverse);
-    return {e4m3_quad(0.0f * one, 0.5f * one, one, one_and_half),
-            e4m3_quad(2.0f * one, 2.0f * one_and_half, 4.0f * one, 4.0f * one_and_half)};
-}
-
 // Four codes, a byte each with the magnitude in bits 0..2 of `index` and the sign in bit 7 of `signs`, as e4m3.
-__device__ __forceinline__ u32 pick(Magnitudes table, u32 index, u32 signs) {
+__device__ __forceinline__ u32 pick_bytes(Magnitudes table, u32 index, u32 signs) {
     const u32 pairs = index | index >> 4;  // two selectors each in bytes 0 and 2
-    u32 bytes;
-    const u32 selectors = __byte_perm(pairs, 0, 0x4420);
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(table.low), "r"(table.high), "r"(selectors));
-    return bytes | (signs & 0x80808080u);
+    return pick(table, __byte_perm(pairs, 0, 0x4420), signs);
 }
+
+__device__ __forceinline__ float scale_of(u32 byte) { return to_float(Float16{(u16)(byte << 7)}); }  // times 2^7
 
 __device__ __forceinline__ void swap(u32& a, u32& b) {
     const u32 kept = a;
@@ -92,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float amax;
     if (threadIdx.x < 16) {
         amax = amax_or_floor(to_float(row_amax[row_of(threadIdx.x, amax_half)]));
-        inverses[threadIdx.x] = __fdiv_rn(448.0f * 0x1p-7f, amax);
+        inverses[threadIdx.x] = inverse_of(amax);
     }
     __syncthreads();
     wait_for_launch_before();  // it may still read what this launch writes
@@ -106,8 +91,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < CHUNKS_OF_WARP; i++) {
         u32 first[2][2], second[2][2];  // the two words that hold this lane's block, [j][e] of lane c ^ (2 j + e)
         gather_words(codes[i], first, second);
-        const Magnitudes table[2] = {magnitudes(scale_bytes[i][0], inverses[g]),
-                                     magnitudes(scale_bytes[i][1], inverses[g + 8])};
+        const Magnitudes table[2] = {magnitudes(scale_of(scale_bytes[i][0]), inverses[g]),
+                                     magnitudes(scale_of(scale_bytes[i][1]), inverses[g + 8])};
         // Of lanes s, s + 1: columns 2 s .. 2 s + 3 of the block, and 8 more.
         const u32 low_bytes = c % 2 ? 0x2064 : 0x6420, high_bytes = c % 2 ? 0x3175 : 0x7531;
         u32 out[2][4];
@@ -120,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             for (int q = 0; q < 4; q++) {  // a byte a column: the sign and the exponent's upper bit; what is below
                 const u32 low = __byte_perm(pairs[0][q], pairs[1][q], low_bytes);
                 const u32 high = __byte_perm(pairs[0][q], pairs[1][q], high_bytes);
-                out[q % 2][j + q / 2 * 2] = pick(table[q % 2], (high << 2 & 0x04040404u) | (low >> 6 & 0x03030303u), high);
+                out[q % 2][j + q / 2 * 2] = pick_bytes(table[q % 2], (high << 2 & 0x04040404u) | (low >> 6 & 0x03030303u), high);
             }
         }
         if (c >= 2) {  // j was the other half's
