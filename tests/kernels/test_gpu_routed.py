@@ -97,7 +97,8 @@ def test_matches_reference(mode: tuple[str, str], weighting: str, backend: str) 
             expected = wanted(x, weights_of(shape), routing, call).double()
             got = layer(x.cuda(), *on_gpu(routing)).cpu().double()
             # fp32 in and out: the order of sums is all that differs, but for what it pushes over a rounding.
-            bound = against_reference(mode[0], backend, tokens * K * shape[1], rounded=False)
+            values = tokens * K * shape[1]
+            bound = against_reference(mode[0], layer.backend, values, rounded=False, op="routed_experts")
             assert (got - expected).norm() <= bound * expected.norm(), (shape, tokens)
 
 
@@ -110,7 +111,8 @@ def test_matches_reference_in_the_sizes_of_models(shape: tuple[int, int], mode: 
         x, routing = torch.randn(tokens, shape[0], device="cuda").bfloat16(), draw_routing(tokens, K, experts=E)
         there = Routing(*on_gpu(routing), routing.weighting)
         expected = wanted(x, weights, there, call).double()
-        bound = against_reference(mode[0], layer.backend, tokens * K * shape[1], rounded=True)
+        values = tokens * K * shape[1]
+        bound = against_reference(mode[0], layer.backend, values, rounded=True, op="routed_experts")
         assert (layer(x, *on_gpu(routing)).double() - expected).norm() <= bound * expected.norm(), tokens
 
 

@@ -57,7 +57,7 @@ class PackedModule(nn.Module):
     # -- using it ------------------------------------------------------------------------------------------------
 
     def with_activations(self: _Self, activations: str, activation_scale: str | None = None) -> _Self:
-        """The same module with another activation format; the two share the weights' memory.
+        """The same module with another activation format; the two share weights, unless another backend runs the other.
 
         Raises:
             InputError, UnsupportedError: as the class.

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one launch of gemm.cu is cut up, and which cuts are legal for which half of a layer.
 
-    a block     64 * row_groups weight rows x `tokens` tokens, all columns or one of `split` runs of them
-    a warpgroup 64 rows, and two chunks (of 64 columns) of each stage; row_groups * column_groups of them multiply
+    a block     64 * strips * row_groups weight rows x `tokens` tokens, all columns or one of `split` runs of them
+    a warpgroup `strips` times 64 rows, and two chunks (of 64 columns) of each stage; row_groups * column_groups of them
+                multiply
     a part      what one warpgroup sums of a tile: split * column_groups parts, added in the order of K
     a stage     2 * column_groups chunks of both operands in shared memory; a block keeps a ring of `stages` of them
 
@@ -35,13 +36,15 @@ class GemmConfig:
         column_groups: warpgroups that take turns along K.
         tokens: of a block.
         split: blocks of a cluster, each with its run of K.
-        fp8: activations are e4m3, in place of bf16; of routed experts alone, tables do not have it.
+        strips: of 64 rows, of a warpgroup. This and the next are of routed experts alone, tables do not have them.
+        fp8: activations are e4m3, in place of bf16.
     """
 
     row_groups: int
     column_groups: int
     tokens: int
     split: int
+    strips: int = 1
     fp8: bool = False
 
     @property
@@ -67,7 +70,7 @@ class GemmConfig:
     @property
     def rows(self) -> int:
         """Weight rows of a block."""
-        return ROWS * _WARPS * self.row_groups
+        return ROWS * _WARPS * self.strips * self.row_groups
 
     @property
     def stage_chunks(self) -> int:
@@ -78,7 +81,7 @@ class GemmConfig:
     def stage_bytes(self) -> int:
         """Both operands of a stage."""
         activations = self.tokens * COLUMNS * (1 if self.fp8 else 2)
-        return self.stage_chunks * (activations + self.row_groups * _WARPS * CHUNK_BYTES)
+        return self.stage_chunks * (activations + self.rows // ROWS * CHUNK_BYTES)
 
     @property
     def stages(self) -> int:
@@ -141,7 +144,9 @@ def refusal(config: GemmConfig, problem: GemmProblem) -> str | None:
         return f"{MIN_STAGES} stages of {config.stage_bytes} bytes must fit in shared memory"
     if config.shared_bytes > SHARED_BYTES:
         return f"{config.sum_bytes} bytes of sums must fit in shared memory"
-    needed = config.tokens // 2 + _OTHER_REGISTERS
+    if config.strips > 1 and config.parts > 1:
+        return f"{config.strips} strips must be one part, not {config.parts}"
+    needed = config.strips * config.tokens // 2 + _OTHER_REGISTERS
     if needed > config.registers:
         return f"{needed} registers must fit in the {config.registers} of {config.warpgroups} warpgroups"
     stages = -(-problem.chunks // config.stage_chunks)

@@ -4,10 +4,11 @@
 //   GATE_UP   h = silu(min(gate, L)) * clamp(up, -L, L), gate and up = x @ W1.T, x @ W3.T       never more than I columns
 //   DOWN      y = h @ W2.T
 //
-// Weights are the 64-row operand of wgmma, tokens its columns. A block owns 64 ROW_GROUPS weight rows and TOKENS tokens.
-// Two producer threads, of weights and of activations, keep a ring of STAGES stages filled; ROW_GROUPS x COLUMN_GROUPS
-// consumer warpgroups each take 64 rows and two chunks (of 64 columns) of a stage, and decode the weights of a chunk in
-// registers (16 bytes a lane are its A operands, layouts/fragments.py) while the wgmmas of the chunk before run.
+// Weights are the 64-row operand of wgmma, tokens its columns. A block owns 64 STRIPS ROW_GROUPS weight rows and TOKENS
+// tokens. Two producer threads, of weights and of activations, keep a ring of STAGES stages filled; ROW_GROUPS x
+// COLUMN_GROUPS consumer warpgroups each take STRIPS times 64 rows and two chunks (of 64 columns) of a stage, and decode
+// the weights of a chunk in registers (16 bytes a lane are its A operands, layouts/fragments.py) while the wgmmas of the
+// one before run.
 // Gate and up, interleaved 8 rows by 8, meet in one thread, so SwiGLU needs no exchange.
 //
 // K may be cut twice: in SPLIT runs, one for each block of a cluster, and within a block among COLUMN_GROUPS. The sums of
@@ -22,11 +23,11 @@
 // activations are e4m3 in the order that it says, with a scale a row. Half of the wgmmas.
 //
 // Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 83
-// instructions for 16 rows x 64 columns, 45 of them on the pipe that takes one every other cycle, whatever TOKENS is.
-// FP8: twice the flops a cycle, and FP8INSTR instructions.
+// instructions for 16 rows x 64 columns, 45 of them (FP8: 38) on the pipe that takes one every other cycle, whatever TOKENS
+// is; and the second-level cache, which every block asks for its activations: STRIPS.
 //
-// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a consumer
-//   thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16,
+// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, STRIPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a
+//   consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16,
 //   quantised with a static scale.
 
 #include "common.cuh"
@@ -42,15 +43,17 @@
 
 constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
 // GROUPED: widths of wgmma, narrowest and step. Registers are not enough for more of them.
-constexpr int NARROWEST = TOKENS >= 96 ? TOKENS - 16 : TOKENS / 2, NARROWER = TOKENS < 96 ? TOKENS / 2 : OUT == NVFP4 ? 16 : 8;
+constexpr bool TWO_WIDTHS = TOKENS < 96 || OUT == NVFP4 || (STRIPS > 1 && !FP8);
+constexpr int NARROWEST = TOKENS >= 96 ? TOKENS - 16 : TOKENS / 2, NARROWER = (TOKENS - NARROWEST) / (TWO_WIDTHS ? 1 : 2);
 
-constexpr int ROWS = 64 * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
+constexpr int ROWS = 64 * STRIPS * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;  // of 64 columns; of 8 tokens
-constexpr int WEIGHT_BYTES = ROW_WARPS * CHUNK_BYTES;                   // of a chunk
+constexpr int WEIGHT_BYTES = ROWS / 16 * CHUNK_BYTES;                   // of a chunk
 constexpr int BOX_CHUNKS = FP8 ? 2 : 1, BOX_BYTES = TOKENS * 128;       // of activations: rows of 128 bytes
 constexpr int STAGE_BOXES = STAGE_CHUNKS / BOX_CHUNKS, STEPS = FP8 ? 2 : 4;  // STEPS: wgmmas of a chunk, 32 bytes each
 constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : BOX_BYTES;                // bytes from a chunk of activations to the next
 static_assert(!FP8 || GROUPED, "row_amax comes with the list of tiles");
+static_assert(STRIPS == 1 || PARTS == 1, "sums of parts are of one strip");
 constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // that a part finishes, at most
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
 __device__ constexpr int part_of(int group) {
@@ -66,7 +69,7 @@ struct TokenTile {
 };
 
 struct Arguments {
-    TensorMap weights;      // (experts x tiles of 16 rows, chunks, 144) words, box (ROW_WARPS, STAGE_CHUNKS, 144)
+    TensorMap weights;      // (experts x tiles of 16 rows, chunks, 144) words, box (ROWS / 16, STAGE_CHUNKS, 144)
     TensorMap activations;  // (tokens, columns) bf16 or e4m3, box (TOKENS, 128 bytes), 128-byte swizzle
     const float* weight_scales;  // of each expert; GATE_UP: of gate, of up; DOWN: of down
     const float* token_scales;   // of the activations: one, one a token, or one an expert; null: 1
@@ -170,9 +173,11 @@ struct Packed {
     uint4 codes;
 #if FP8
     u32 scales;
+    Packed() = default;
     __device__ Packed(Address chunk, int lane) : codes(load_16(chunk + lane * 16)), scales(load_2(chunk + CODE_BYTES + lane * 2)) {}
 #else
     uint2 scales;
+    Packed() = default;
     __device__ Packed(Address chunk, int lane) : codes(load_16(chunk + lane * 16)), scales(load_8(chunk + CODE_BYTES + lane / 4 * 8)) {}
 #endif
     __device__ __forceinline__ void decode(u32 offsets, const float (&inverses)[2], u32 (&a)[STEPS][4]) const {
@@ -199,42 +204,54 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[N / 2], const u32 (
     mma_wait<1>();  // the chunk before has been multiplied
 }
 
-// The sums over this warpgroup's columns, 64 rows x N tokens; sums[4 i + 2 h + e]: row g + 8 h, token 8 i + 2 c + e.
+// Rows of a warp: 16 of each strip, strips 64 ROW_GROUPS apart.
+__device__ __forceinline__ int row_of(int row_warp, int strip) { return (strip * ROW_WARPS + row_warp) * 16; }
+
+// The sums over this warpgroup's columns, 64 rows x N tokens a strip; sums[4 i + 2 h + e]: row g + 8 h, token 8 i + 2 c + e.
 template <int N>
 __device__ __forceinline__ void multiply(int steps, int row_warp, int column_group, const Shared& shared,
-                                         const float (&inverses)[2], Ring<STAGES>& ring, float (&all_sums)[TOKENS / 2]) {
-    auto& sums = reinterpret_cast<float (&)[N / 2]>(all_sums);
+                                         const float (&inverses)[STRIPS][2], Ring<STAGES>& ring,
+                                         float (&sums)[STRIPS][TOKENS / 2]) {
     const int lane = threadIdx.x % 32;
     const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
     const Address weights =
         shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
     const u32 operand = mma_operand(shared_address(shared.activations[0][2 / BOX_CHUNKS * column_group]));
     const u32 offsets = load_4(shared_address(&shared.scale_offsets));
-    u32 first[STEPS][4], second[STEPS][4];
+    u32 a[2][STEPS][4];
     u32 before = 0;
     for (int i = 0; i < steps; i++) {
         const Address from = weights + ring.slot * (STAGE_CHUNKS * WEIGHT_BYTES);
         const u32 b = operand + ring.slot * (STAGE_BOXES * BOX_BYTES / 16);
         barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
-        const Packed packed(from, lane), more(from + CHUNK_BYTES, lane);
-        packed.decode(offsets, inverses, first);
-        multiply_chunk<N>(sums, first, b);
-        if (i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);  // that stage's slot may be filled again
-        more.decode(offsets, inverses, second);
-        multiply_chunk<N>(sums, second, b + NEXT_CHUNK / 16);
+        Packed packed[2][STRIPS];
+#pragma unroll
+        for (int u = 0; u < 2 * STRIPS; u++)
+            packed[u / STRIPS][u % STRIPS] =
+                Packed(from + (u % STRIPS * ROW_WARPS * STAGE_CHUNKS + u / STRIPS) * CHUNK_BYTES, lane);
+#pragma unroll
+        for (int u = 0; u < 2 * STRIPS; u++) {
+            const int chunk = u / STRIPS, strip = u % STRIPS;
+            packed[chunk][strip].decode(offsets, inverses[strip], a[u % 2]);
+            multiply_chunk<N>(reinterpret_cast<float (&)[N / 2]>(sums[strip]), a[u % 2], b + chunk * NEXT_CHUNK / 16);
+            if (u == 0 && i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);  // it may be filled again
+        }
         before = ring.slot;
         ring.next();
     }
     mma_wait<0>();
     if (lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);
 #pragma unroll
-    for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sums[i])::"memory");
+    for (int strip = 0; strip < STRIPS; strip++)
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sums[strip][i])::"memory");
 }
 
 // By the narrowest of two or three widths that holds `count` tokens; the registers are not enough for more.
 template <int N = NARROWEST>
 __device__ __forceinline__ void multiply_few(int count, int steps, int row_warp, const Shared& shared,
-                                             const float (&inverses)[2], Ring<STAGES>& ring, float (&sums)[TOKENS / 2]) {
+                                             const float (&inverses)[STRIPS][2], Ring<STAGES>& ring,
+                                             float (&sums)[STRIPS][TOKENS / 2]) {
     if (N == TOKENS || count <= N)
         multiply<N>(steps, row_warp, 0, shared, inverses, ring, sums);
     else
@@ -293,25 +310,19 @@ __device__ __forceinline__ Scales load_scales(const Arguments& arguments, int ex
     return scales;
 }
 
-// What the sums of this lane's rows g and g + 8 are multiplied by, and with FP8 how their weights become e4m3.
+// What the sums of this lane's rows g and g + 8 of a warp's 16 are multiplied by.
 struct Rows {
-    float factors[2], inverses[2];
+    float factors[2];
 };
 
 __device__ __forceinline__ Rows rows_of(const Scales& scales) {
-    return {{scales.factors[0], scales.factors[GATE_UP ? 1 : 0]}, {}};
+    return {scales.factors[0], scales.factors[GATE_UP ? 1 : 0]};
 }
 
 #if FP8
-__device__ __forceinline__ Rows rows_of(const Tile& tile, int row_warp) {
-    Rows rows = rows_of(tile.scales);
-    const int g = threadIdx.x % 32 / 4, row = row_warp * (GATE_UP ? 8 : 16) + g;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const float amax = amax_or_floor(to_float(tile.row_amax[row + h * (GATE_UP ? ROWS / 2 : 8)]));
-        rows.factors[h] *= __fdiv_rn(amax, 448.0f), rows.inverses[h] = inverse_of(amax);
-    }
-    return rows;
+__device__ __forceinline__ float row_amax(const Tile& tile, int row, int h) {
+    const int g = threadIdx.x % 32 / 4, index = GATE_UP ? row / 2 + h * (ROWS / 2) : row + 8 * h;
+    return amax_or_floor(to_float(tile.row_amax[index + g]));
 }
 
 // The amax of a tile's weight rows: how many bytes, and their copy.
@@ -409,34 +420,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
         for (Work work(arguments, 0); work.more(); work.next(), place.next()) {
             barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);  // the producer has said which tile it is
             const Tile& tile = shared.tiles[place.slot];
-            float sums[TOKENS / 2] = {};
+            float sums[STRIPS][TOKENS / 2] = {};
+            float inverses[STRIPS][2];
 #if FP8
-            const Rows rows = rows_of(tile, row_warp);
-#else
-            const Rows rows = rows_of(tile.scales);
+#pragma unroll
+            for (int i = 0; i < 2 * STRIPS; i++)
+                inverses[i / 2][i % 2] = inverse_of(row_amax(tile, row_of(row_warp, i / 2), i % 2));
 #endif
-            multiply_few(tile.tokens.end - tile.tokens.first, work.end, row_warp, shared, rows.inverses, ring, sums);
-            finish(arguments, rows, tile.scales.hidden, work.row() + row_warp * 16, tile.tokens.first, tile.tokens.end,
-                   shared, sums);
+            multiply_few(tile.tokens.end - tile.tokens.first, work.end, row_warp, shared, inverses, ring, sums);
+#pragma unroll
+            for (int strip = 0; strip < STRIPS; strip++) {
+                const int row = row_of(row_warp, strip);
+                Rows rows = rows_of(tile.scales);
+#if FP8
+                for (int h = 0; h < 2; h++) rows.factors[h] *= __fdiv_rn(row_amax(tile, row, h), 448.0f);
+#endif
+                finish(arguments, rows, tile.scales.hidden, work.row() + row, tile.tokens.first, tile.tokens.end, shared,
+                       sums[strip]);
+            }
         }
 #else
         const int column_group = warp / ROW_WARPS;
         if (lane == 0) shared.scales[warp] = load_scales(arguments, 0);
         __syncwarp();
         for (Work work(arguments, split); work.more(); work.next()) {
-            const int row = work.row() + row_warp * 16, token = work.tokens(arguments, work.tile).first;
-            float sums[TOKENS / 2] = {};
+            const int token = work.tokens(arguments, work.tile).first;
+            float sums[STRIPS][TOKENS / 2] = {};
             multiply<TOKENS>(work.end - work.begin, row_warp, column_group, shared, {}, ring, sums);
             const Scales scales = shared.scales[warp];
             const Rows rows = rows_of(scales);
 #if PARTED
             float whole[SHARE * 4];
             const int part = split * COLUMN_GROUPS + column_group;
-            exchange(part, shared, sums, whole);
+            exchange(part, shared, sums[0], whole);
             const int end = min(arguments.tokens, token + first_group(part + 1) * 8);
-            finish(arguments, rows, scales.hidden, row, token + first_group(part) * 8, end, shared, whole);
+            finish(arguments, rows, scales.hidden, work.row() + row_of(row_warp, 0), token + first_group(part) * 8, end,
+                   shared, whole);
 #else
-            finish(arguments, rows, scales.hidden, row, token, arguments.tokens, shared, sums);
+#pragma unroll
+            for (int strip = 0; strip < STRIPS; strip++)
+                finish(arguments, rows, scales.hidden, work.row() + row_of(row_warp, strip), token, arguments.tokens, shared,
+                       sums[strip]);
 #endif
         }
 #endif

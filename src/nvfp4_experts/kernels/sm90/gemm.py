@@ -236,6 +236,7 @@ def macros_of(config: GemmConfig, gate_up: bool, out: int = BF16, grouped: bool 
     return (
         ("GATE_UP", int(gate_up)),
         ("ROW_GROUPS", config.row_groups),
+        ("STRIPS", config.strips),
         ("COLUMN_GROUPS", config.column_groups),
         ("TOKENS", config.tokens),
         ("SPLIT", config.split),

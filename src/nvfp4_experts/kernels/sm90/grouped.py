@@ -48,7 +48,7 @@ from .gemm import (
 _GROUP_THREADS, _COMBINE_THREADS = 1024, 256  # THREADS of group.cu and combine.cu
 _FEW_SLOTS, _GROUP_BLOCKS = 1024, 16  # group.cu: up to how many slots by one block; else by how many
 # Up to how many slots an expert has on average a configuration runs; one part each.
-_CONFIGS = ((8, GemmConfig(4, 1, 32, 1)), (32, GemmConfig(4, 1, 64, 1)), (None, GemmConfig(2, 1, 112, 1)))
+_CONFIGS = ((8, GemmConfig(4, 1, 32, 1)), (32, GemmConfig(4, 1, 64, 1)), (None, GemmConfig(2, 1, 112, 1, strips=2)))
 # What group.cu makes, in its order.
 _LISTS = ("counts", "tiles", "row_of_slot", "token_of_row", "expert_of_row", "weight_of_row")
 # SCALE of enter_rows.cu by mode, and whose scale it then is for gemm.cu.
