@@ -66,8 +66,8 @@ struct Shared {
     Group groups[GROUPS];
     int group_count, box;  // box: of the mailbox, this launch's
     int expert_of_slot[CHOICES], key_of_slot[CHOICES];  // expert -1: not here
-    float weight_of_slot[SLOTS];
-    u64 has_groups;
+    float weight_of_slot[SLOTS], weight_after[CHOICES];  // of h; of a row
+    u64 has_groups, has_scales;
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "routed_decode.py allocates as much");
 
@@ -76,10 +76,12 @@ __device__ __forceinline__ Expert expert_at(const Expert& first, size_t index) {
             first.gate_up_scales + index * 2, first.down_scale + index};
 }
 
-// Slots to groups, by one warp. Who names an expert twice has it in two groups.
+// Slots to groups, by one warp. Who names an expert twice has it in two groups. Weights can come as soon as it is known where
+// they are; scales, which queue behind them in memory, are said later.
 __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& shared) {
     const int lane = threadIdx.x % 32, top_k = arguments.top_k, slots = arguments.tokens * top_k;
     const int routed = arguments.shared.gate_up ? 1 : 0;  // the first group of a routed expert
+    const u32 number = launch_number(*arguments.mailbox);
     constexpr int EACH = CHOICES / 32;
     int key[EACH], first[EACH];
 #pragma unroll
@@ -87,7 +89,11 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
         const int slot = n * 32 + lane;
         const Index found = slot < slots ? __ldcg(arguments.indices + slot) : -1;
         shared.expert_of_slot[slot] = found >= 0 && found < arguments.experts ? (int)found : -1;
-        if (slot < slots) shared.weight_of_slot[slot] = arguments.before_down ? __ldcg(arguments.weights + slot) : 1.0f;
+        if (slot < slots) {
+            const float weight = __ldcg(arguments.weights + slot);
+            shared.weight_of_slot[slot] = arguments.before_down ? weight : 1.0f;
+            shared.weight_after[slot] = arguments.before_down ? 1.0f : weight;
+        }
         if (slot < TOKENS) shared.weight_of_slot[slots + slot] = 1.0f;
     }
     for (int i = lane; i < GROUPS * TOKENS; i += 32) shared.groups[i / TOKENS].slots[i % TOKENS] = NOBODY;
@@ -96,17 +102,20 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
     for (int n = 0; n < EACH; n++) {
         const int slot = n * 32 + lane, expert = shared.expert_of_slot[slot];
         key[n] = expert, first[n] = slot;
-        for (int other = slot / top_k * top_k; other < slot && expert >= 0; other++)
-            if (shared.expert_of_slot[other] == expert) key[n] += arguments.experts;
+#pragma unroll 4
+        for (int other = slot / top_k * top_k; other < slot; other++)
+            if (shared.expert_of_slot[other] == expert && expert >= 0) key[n] += arguments.experts;
         shared.key_of_slot[slot] = key[n];
     }
     __syncwarp();
+#pragma unroll 8
     for (int other = slots - 1; other >= 0; other--) {
         const int key_of_other = shared.key_of_slot[other];
 #pragma unroll
         for (int n = 0; n < EACH; n++)
             if (other < n * 32 + lane && key_of_other == key[n]) first[n] = other;
     }
+    Group* leads[EACH] = {};
     u32 leaders[EACH];
 #pragma unroll
     for (int n = 0; n < EACH; n++) leaders[n] = __ballot_sync(~0u, key[n] >= 0 && first[n] == n * 32 + lane);
@@ -121,25 +130,29 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
         if (leader != slot) continue;
         const Expert expert = expert_at(arguments.routed, shared.expert_of_slot[slot]);
         mine.gate_up = expert.gate_up, mine.down = expert.down, mine.asker = slot / top_k;
-        mine.gate_scale = expert.gate_up_scales[0], mine.up_scale = expert.gate_up_scales[1];
-        mine.down_scale = *expert.down_scale;
+        leads[n] = &mine;
     }
     if (routed) {
         Group& all = shared.groups[0];
         const Expert& expert = arguments.shared;
         if (lane < arguments.tokens) all.slots[lane] = slots + lane;
-        if (lane == 0) {
-            all.gate_up = expert.gate_up, all.down = expert.down, all.asker = 0;
-            all.gate_scale = expert.gate_up_scales[0], all.up_scale = expert.gate_up_scales[1];
-            all.down_scale = *expert.down_scale;
-        }
+        if (lane == 0) all.gate_up = expert.gate_up, all.down = expert.down, all.asker = 0;
     }
     __syncwarp();
     if (lane == 0) {
         shared.group_count = routed + __popc(leaders[0]) + __popc(leaders[1]);
-        shared.box = launch_number(*arguments.mailbox) % 2;
+        shared.box = number % 2;
     }
     barrier_arrive_warp(shared_address(&shared.has_groups));
+    auto say_scales = [](Group& group, const Expert& expert) {
+        group.gate_scale = expert.gate_up_scales[0], group.up_scale = expert.gate_up_scales[1];
+        group.down_scale = *expert.down_scale;
+    };
+#pragma unroll
+    for (int n = 0; n < EACH; n++)
+        if (leads[n]) say_scales(*leads[n], expert_at(arguments.routed, shared.expert_of_slot[n * 32 + lane]));
+    if (routed && lane == 0) say_scales(shared.groups[0], arguments.shared);
+    barrier_arrive_warp(shared_address(&shared.has_scales));
 }
 
 // This block's tiles of L1: visit(group, tile), group by group.
@@ -159,24 +172,34 @@ __device__ __forceinline__ void post_h(int tile, const unsigned char (&slots)[TO
     if (slot != NOBODY) post(&box.h[slot][pair_position(tile * 8 + g - odd)], pair);
 }
 
-// A token's rows of this block's tiles, in the order of its slots.
+// A token's rows of this block's tiles, in the order of its slots. A lane has two tokens and two rows, whose slots it goes
+// through side by side: this is what the launch ends with, and nothing else hides how long shared memory takes.
 __device__ __forceinline__ void add_slots(const Arguments& arguments, const Shared& shared) {
-    const int lane = threadIdx.x % 32, top_k = arguments.top_k;
+    const int lane = threadIdx.x % 32, top_k = arguments.top_k, first = lane % 4 * 2;
     for (int tile = blockIdx.x, i = 0; tile < L2::tiles; tile += gridDim.x, i++) {
+        float sums[2][2] = {};
+#pragma unroll 2
+        for (int s = 0; s < top_k; s++)
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const int token = lane % 4 * 2 + n % 2, row = lane / 4 + n / 2 * 8;
-            if (token >= arguments.tokens) continue;
-            const size_t at = (size_t)token * HIDDEN + tile * 16 + row;
-            float sum = 0.0f;
-            for (int slot = token * top_k; slot < (token + 1) * top_k; slot++)
-                if (shared.expert_of_slot[slot] >= 0) {
-                    const float weight = arguments.before_down ? 1.0f : __ldcg(arguments.weights + slot);
-                    sum = __fadd_rn(sum, __fmul_rn(shared.rows[i][slot][row], weight));  // a row is rounded first
+            for (int t = 0; t < 2; t++) {
+                const int slot = min(first + t, arguments.tokens - 1) * top_k + s;
+                const bool is_here = shared.expert_of_slot[slot] >= 0;
+                const float weight = shared.weight_after[slot];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float weighted = __fmul_rn(shared.rows[i][slot][lane / 4 + 8 * h], weight);  // rounded first
+                    sums[t][h] = is_here ? __fadd_rn(sums[t][h], weighted) : sums[t][h];
                 }
-            if (arguments.shared.gate_up) sum += shared.rows[i][arguments.tokens * top_k + token][row];
-            store(arguments.y + at, sum);
-        }
+            }
+#pragma unroll
+        for (int t = 0; t < 2; t++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int token = first + t, row = lane / 4 + 8 * h;
+                if (token >= arguments.tokens) continue;
+                if (arguments.shared.gate_up) sums[t][h] += shared.rows[i][arguments.tokens * top_k + token][row];
+                store(arguments.y + (size_t)token * HIDDEN + tile * 16 + row, sums[t][h]);
+            }
     }
 }
 
@@ -187,6 +210,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
     if (threadIdx.x == 0) {
         make_pipeline(shared.pipeline);
         barrier_init(shared_address(&shared.has_groups), WARP_ARRIVALS);
+        barrier_init(shared_address(&shared.has_scales), WARP_ARRIVALS);
         barriers_are_made();
     }
     __syncthreads();
@@ -222,6 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             const int token = lane % 4 * 2, row = lane / 4, groups = group_count();
             Box& box = arguments.mailbox->boxes[shared.box];
             if (groups) empty_share(arguments.mailbox->boxes[1 - shared.box]);
+            barrier_wait(shared_address(&shared.has_scales), 0);
             Ring<2> partial;
             each_tile(0, groups, [&](int group, int tile) {
                 const float4 sum = reduce_tile(shared.pipeline, partial);
