@@ -150,9 +150,9 @@ __device__ __forceinline__ void enter_rows(const Element* x, int columns, const 
                                            unsigned char* values, float* scales) {
     let_next_launch_begin();
     wait_for_launch_before();
-    const int row = blockIdx.x;
-    if (row >= __ldcg(rows)) return;
-    const size_t from = gather ? __ldcg(gather + row) : row;
+    const int row = blockIdx.x, count = __ldcg(rows);
+    const size_t from = gather ? __ldcg(gather + row) : row;  // asked for together: one wait for both
+    if (row >= count) return;
     unsigned char* to = values + (size_t)row * ((columns + 63) / 64 * 64);
     quantize_row<true>(RowOfX<Element>{x + from * columns}, columns, to, scales + row);
 }
