@@ -35,7 +35,6 @@ from .shards import experts_of, facts_of, shard_of, share_of
 from .shared_expert import Nvfp4SharedExpert
 
 PLANS = ("tp", "ep", "dispatch")
-CHUNK_TOKENS = 1024
 _INPUTS = ("topk_indices", "topk_weights", "token_ids")
 
 _Layer = Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE
@@ -56,7 +55,9 @@ class SummedOverRanks(nn.Module):
         router: as of `Nvfp4MoE`; or None, and the caller gives indices and weights. The same on every rank.
         first_expert: what the first expert of `routed` is called in the indices.
         chunk_tokens: of twice as many tokens or more, so many are computed at a time, while the parts of those before
-            them travel. Not with activation_scale="dynamic", whose scale is the batch's.
+            them travel; None: all at once. Not with activation_scale="dynamic", whose scale is the batch's. It pays
+            where computing leaves room for what travels: not on Hopper, whose kernels fill the device, and not with
+            routed experts, whose weights are read again for every chunk (docs/parallel.md).
 
     Raises:
         InputError: no group, no part on any rank, or chunk_tokens below 1.
@@ -78,12 +79,14 @@ class SummedOverRanks(nn.Module):
         routed: Nvfp4RoutedExperts | None = None,
         router: nn.Module | None = None,
         first_expert: int = 0,
-        chunk_tokens: int = CHUNK_TOKENS,
+        chunk_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.group, self.rank, self.ranks = checked_group(group)
         self.shared, self.routed, self.router, self.first_expert = shared, routed, router, first_expert
-        self.chunk_tokens = checked_count("chunk_tokens", chunk_tokens, "give the tokens of a chunk")
+        self.chunk_tokens = chunk_tokens
+        if chunk_tokens is not None:
+            checked_count("chunk_tokens", chunk_tokens, "give the tokens of a chunk, or None")
         said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed)})
         facts = [fact for rank in said for fact in rank.values() if fact is not None]
         if not facts:
@@ -150,7 +153,9 @@ class SummedOverRanks(nn.Module):
         return y
 
     def _chunks(self, tokens: int) -> list[slice]:
-        step = tokens if self._whole_batch or tokens < 2 * self.chunk_tokens else self.chunk_tokens
+        step = self.chunk_tokens
+        if step is None or self._whole_batch or tokens < 2 * step:
+            step = tokens
         return [slice(first, min(first + step, tokens)) for first in range(0, tokens, step)]
 
     def _start(self, x: Tensor, inputs: list[Tensor], y: Tensor) -> Iterator[None]:
@@ -195,7 +200,7 @@ def parallelize(
     plan: str = "tp",
     *,
     combine: str = "slots",
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> nn.Module:
     """Exchange every NVFP4 expert layer of a model for this rank's part of it.
 
@@ -248,7 +253,9 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _summed(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str, chunk_tokens: int) -> nn.Module:
+def _summed(
+    layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str, chunk_tokens: int | None
+) -> nn.Module:
     parts: dict[str, Any] = {"routed": layer} if isinstance(layer, Nvfp4RoutedExperts) else {"shared": layer}
     if isinstance(layer, Nvfp4MoE):
         parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
