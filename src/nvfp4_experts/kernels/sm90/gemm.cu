@@ -44,7 +44,7 @@
 constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
 // GROUPED: widths of wgmma, narrowest and step. Registers are not enough for more of them.
 constexpr bool TWO_WIDTHS = TOKENS < 96 || OUT == NVFP4 || (STRIPS > 1 && !FP8);
-constexpr int NARROWEST = TOKENS >= 96 ? TOKENS - 16 : TOKENS / 2, NARROWER = (TOKENS - NARROWEST) / (TWO_WIDTHS ? 1 : 2);
+constexpr int NARROWEST = TOKENS >= 96 ? 96 : TOKENS / 2, NARROWER = (TOKENS - NARROWEST) / (TWO_WIDTHS ? 1 : 2);
 
 constexpr int ROWS = 64 * STRIPS * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;  // of 64 columns; of 8 tokens
