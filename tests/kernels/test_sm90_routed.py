@@ -44,7 +44,7 @@ def test_every_cut_is_legal_and_reached() -> None:
     for hidden, intermediate in SHAPES.values():
         for _, config in grouped._CONFIGS:
             for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
-                for cut in (config, grouped._in_mode(config, "fp8")):
+                for cut in (config, replace(config, fp8=True)):
                     assert config_is_legal(cut, GemmProblem(rows, columns, 4096)) and cut.parts == 1
     assert [grouped.config_of(slots, 256, "bf16").tokens for slots in (1, 2048, 2049, 8192, 8193)] == [
         32,

@@ -59,9 +59,16 @@ OF_KERNELS = (
     Mutant(
         "a named backend falls back in silence",
         "kernels/dispatch.py",
-        'wanted = BACKENDS if name == "auto" else (name,)',
-        "wanted = BACKENDS",
+        'forms(BACKENDS if name == "auto" else (name,))',
+        "forms(BACKENDS)",
         "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
+    ),
+    Mutant(
+        "routed: fp8 goes to the kernels whose weights are packed for bf16",
+        "kernels/sm90/routed.py",
+        '(problem.activations == "fp8") != self.fp8',
+        'problem.activations != "fp8" and self.fp8',
+        "tests/kernels/test_sm90_routed.py::test_what_it_has_no_kernel_for_it_refuses",
     ),
     # kernels: routed experts
     Mutant(

@@ -133,6 +133,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             Ring<2> partial;
             for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x) {
                 const float4 sum = reduce_tile(shared.pipeline, partial);
+                partial.next();
                 float h[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -144,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             }
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x) {
                 const float4 sum = reduce_tile(shared.pipeline, partial);
+                partial.next();
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     if (token + i >= tokens) break;

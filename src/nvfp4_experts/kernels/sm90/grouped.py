@@ -47,10 +47,8 @@ from .gemm import (
 
 _GROUP_THREADS, _COMBINE_THREADS = 1024, 256  # THREADS of group.cu and combine.cu
 _FEW_SLOTS, _GROUP_BLOCKS = 1024, 16  # group.cu: up to how many slots by one block; else by how many
-# Up to how many slots an expert has on average a configuration runs; one part each. With more registers to spare, fp8
-# takes wider tiles.
+# Up to how many slots an expert has on average a configuration runs; one part each.
 _CONFIGS = ((8, GemmConfig(4, 1, 32, 1)), (32, GemmConfig(4, 1, 64, 1)), (None, GemmConfig(2, 1, 112, 1, strips=2)))
-_WIDER = {112: 128}
 # What group.cu makes, in its order.
 _LISTS = ("counts", "tiles", "row_of_slot", "token_of_row", "expert_of_row", "weight_of_row")
 # SCALE of enter_rows.cu by mode, and whose scale it then is for gemm.cu.
@@ -123,11 +121,8 @@ def mode_of(call: Call) -> str:
 
 def config_of(slots: int, experts: int, mode: str) -> GemmConfig:
     """How both halves are cut for a number of slots, by how many an expert has on average."""
-    return _in_mode(next(config for most, config in _CONFIGS if most is None or slots <= most * experts), mode)
-
-
-def _in_mode(config: GemmConfig, mode: str) -> GemmConfig:
-    return replace(config, tokens=_WIDER.get(config.tokens, config.tokens), fp8=True) if mode == "fp8" else config
+    config = next(config for most, config in _CONFIGS if most is None or slots <= most * experts)
+    return replace(config, fp8=mode == "fp8")
 
 
 def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int, top_k: int) -> dict[str, Part]:
@@ -161,7 +156,7 @@ def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.
     for config in sorted(configs):
         for mode in modes:
             h = {"bf16": BF16, "fp8": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
-            cut = _in_mode(config, mode)
+            cut = replace(config, fp8=mode == "fp8")
             gemms += [(cut, True, h), (cut, False, OUT[torch.float32])]
     compile_all(("gemm.cu", macros_of(*of, grouped=True)) for of in gemms)
     for of in gemms:

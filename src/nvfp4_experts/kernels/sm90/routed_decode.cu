@@ -174,9 +174,9 @@ __device__ __forceinline__ void post_h(int tile, const unsigned char (&slots)[TO
 
 // A token's rows of this block's tiles, in the order of its slots. A lane has two tokens and two rows, whose slots it goes
 // through side by side: this is what the launch ends with, and nothing else hides how long shared memory takes.
-__device__ __forceinline__ void add_slots(const Arguments& arguments, const Shared& shared) {
+__device__ __forceinline__ void add_slots(const Arguments& arguments, const Shared& shared, int turn) {
     const int lane = threadIdx.x % 32, top_k = arguments.top_k, first = lane % 4 * 2;
-    for (int tile = blockIdx.x, i = 0; tile < L2::tiles; tile += gridDim.x, i++) {
+    for (int i = turn, tile; (tile = blockIdx.x + i * gridDim.x) < L2::tiles; i += 2) {
         float sums[2][2] = {};
 #pragma unroll 2
         for (int s = 0; s < top_k; s++)
@@ -223,9 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
 
     if (warp >= CONSUMERS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
-        if (warp == COPIER) {
-            find_groups(arguments, shared);
-        } else if (warp == PRODUCER && lane == 0) {
+        if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
             const unsigned char* always = arguments.shared.gate_up;  // does not depend on what ran before; all else may
             if (always)
@@ -242,14 +240,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             for (int group = 0; group < groups; group++)
                 for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
                     produce_tile<L2>(shared.groups[group].down + (size_t)tile * L2::tile_bytes, shared.pipeline, ring);
-        } else if (warp == REDUCER) {
+        } else if (warp == REDUCER || warp == COPIER) {  // two, who take turns with tiles
+            const int turn = warp == COPIER;
+            if (turn) find_groups(arguments, shared);
             const int token = lane % 4 * 2, row = lane / 4, groups = group_count();
             Box& box = arguments.mailbox->boxes[shared.box];
-            if (groups) empty_share(arguments.mailbox->boxes[1 - shared.box]);
+            if (groups && !turn) empty_share(arguments.mailbox->boxes[1 - shared.box]);
             barrier_wait(shared_address(&shared.has_scales), 0);
             Ring<2> partial;
             each_tile(0, groups, [&](int group, int tile) {
-                const float4 sum = reduce_tile(shared.pipeline, partial);
+                const Ring<2> this_one = partial;
+                partial.next();
+                if (this_one.slot != turn) return;
+                const float4 sum = reduce_tile(shared.pipeline, this_one);
                 const Group& of = shared.groups[group];
                 float h[2];
 #pragma unroll
@@ -263,7 +266,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             });
             for (int group = 0; group < groups; group++) {
                 const Group& of = shared.groups[group];
-                for (int tile = blockIdx.x, n = 0; tile < L2::tiles; tile += gridDim.x, n++) {
+                for (int tile = blockIdx.x, n = 0; tile < L2::tiles; tile += gridDim.x, n++, partial.next()) {
+                    if (partial.slot != turn) continue;
                     const float4 sum = reduce_tile(shared.pipeline, partial);
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
@@ -274,9 +278,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
                     }
                 }
             }
-            add_slots(arguments, shared);
+            sync_threads(2, 64);  // the other one's rows are there
+            add_slots(arguments, shared, turn);
             // This block has a word of each; with no group it has not, but then nothing was handed over.
-            if (groups && blockIdx.x == 0 && lane == 0) arguments.mailbox->launches = 1 - shared.box;
+            if (groups && blockIdx.x == 0 && lane == 0 && !turn) arguments.mailbox->launches = 1 - shared.box;
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");

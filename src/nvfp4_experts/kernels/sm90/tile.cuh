@@ -2,7 +2,8 @@
 // One persistent block and its tiles of 16 weight rows, at most 8 tokens: what decode.cu and routed_decode.cu share.
 //
 // Warp roles: 16 consumers split K, each its own 64 columns of a stage; a producer warp keeps a ring of STAGES bulk copies
-// (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles; a reducer warp adds the 16 partial sums of a tile.
+// (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles; a reducer warp adds the 16 partial sums of a tile, or
+// two take turns, where one would be a fifth of what its scheduler has to issue.
 // Activations stay in the consumers' registers as B fragments.
 // Needs STAGES.
 
@@ -115,7 +116,7 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 o
 }
 
 // A tile's partial sums added in order, by the reducer; .x, .y: row g, tokens 2c and 2c + 1; .z, .w: row g + 8.
-__device__ __forceinline__ float4 reduce_tile(Pipeline& pipeline, Ring<2>& partial) {
+__device__ __forceinline__ float4 reduce_tile(Pipeline& pipeline, const Ring<2>& partial) {
     const int lane = threadIdx.x % 32;
     barrier_wait(shared_address(&pipeline.partial_full[partial.slot]), partial.parity);
     float4 sum = pipeline.partials[partial.slot][0][lane];
@@ -125,6 +126,5 @@ __device__ __forceinline__ float4 reduce_tile(Pipeline& pipeline, Ring<2>& parti
         sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
     }
     barrier_arrive_warp(shared_address(&pipeline.partial_empty[partial.slot]));
-    partial.next();
     return sum;
 }
