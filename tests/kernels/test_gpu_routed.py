@@ -200,6 +200,16 @@ def test_streams_and_graphs_at_once_do_not_meet(tokens: int) -> None:
     assert all(torch.equal(out, expected) for out in (*outs, *eager))
 
 
+def test_another_format_is_the_layer_built_so_even_where_it_is_packed_anew() -> None:
+    x, (indices, weights) = torch.randn(40, SMALL[0], device="cuda").bfloat16(), on_gpu(draw_routing(40, K, experts=E))
+    layers = {mode: make(SMALL, mode) for mode in MODES}
+    for before in (("bf16", "dynamic"), ("fp8", "dynamic")):
+        for after in MODES:
+            other = layers[before].with_activations(*after)
+            assert other.backend == layers[after].backend
+            assert torch.equal(other(x, indices, weights), layers[after](x, indices, weights)), (before, after)
+
+
 class Preset(nn.Module):
     """A router that has made up its mind."""
 

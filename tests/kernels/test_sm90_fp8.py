@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,19 @@ from nvfp4_experts.formats.codes import AMAX_FLOOR, E4M3_MAX, decode_blocks, enc
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
 from nvfp4_experts.kernels import reference
 from nvfp4_experts.kernels.cuda.workspace import Part, bytes_of
-from nvfp4_experts.kernels.dispatch import Call
-from nvfp4_experts.kernels.sm90 import fp8, gemm
+from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Call, Routing
+from nvfp4_experts.kernels.one_by_one import hit_experts
+from nvfp4_experts.kernels.sm90 import fp8, gemm, grouped
 from nvfp4_experts.kernels.sm90.backend import BACKEND
 from nvfp4_experts.kernels.sm90.config import GemmConfig
 from nvfp4_experts.kernels.sm90.routed_fp8 import ROUTED
+from nvfp4_experts.layouts.e4m3_fragments import unpack_e4m3_fragments
 from nvfp4_experts.layouts.fragments import unpack_fragments
 from nvfp4_experts.layouts.weights import deinterleave_rows
+from tests.kernels.test_routed_experts import draw_routing, make_experts, wanted
 from tests.kernels.test_sm90_compile import Kernel, compiler
 from tests.layouts.test_e4m3_fragments import transposed
+from tests.tolerances import AGAINST_REFERENCE
 
 LIMIT = 10.0
 SHAPES = [(144, 80), (512, 2304), (7168, 256)]  # H, I
@@ -178,6 +183,70 @@ def test_quantized_rows_are_those_of_the_format(columns: int, dtype: torch.dtype
         want, want_scales = quantize_fp8_rows(x)
         assert_same_bytes(values, want)
         torch.testing.assert_close(scales.cpu(), want_scales, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_plan_of_routed_experts_with_torch_for_kernels(monkeypatch: pytest.MonkeyPatch, weighting: str) -> None:
+    """grouped.py in fp8: which rows, scales, weights and orders it hands its launches, computed by plain torch."""
+    hidden, intermediate, experts, top_k, tokens = 144, 80, 5, 3, 40
+    stacks = make_experts(experts, hidden, intermediate)
+
+    def carve(device: torch.device, *parts: Part) -> list[Tensor]:
+        return [torch.zeros(shape, dtype=dtype) for shape, dtype in parts]
+
+    def group(routing: Routing, experts: int, tile_rows: int, made: dict[str, Tensor]) -> None:
+        made["row_of_slot"].fill_(-1)
+        row = tile = 0
+        for expert, slots in hit_experts(routing, experts):
+            rows = torch.arange(row, row + len(slots))
+            made["row_of_slot"][slots] = rows.int()
+            made["token_of_row"][rows], made["expert_of_row"][rows] = (slots // top_k).int(), expert
+            made["weight_of_row"][rows] = routing.weights.flatten()[slots]
+            for first in range(row, row + len(slots), tile_rows):
+                made["tiles"][tile] = torch.tensor([expert, first, min(first + tile_rows, row + len(slots)), 0])
+                tile += 1
+            row += len(slots)
+        made["counts"][0], made["counts"][1] = tile, row
+
+    def enter_rows(x: Tensor, rows: Tensor, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
+        source = torch.arange(int(rows)) if gather is None else gather[: int(rows)].long()
+        made, made_scales = quantize_fp8_rows(x[source])
+        values[: int(rows)], scales[: int(rows)] = as_operands(made), made_scales[:, 0]
+
+    def run_half(
+        values: Tensor, packed: Tensor, rows: int, weight_scales: Tensor, out: Tensor, *_: Any, **named: Any
+    ) -> None:
+        groups, columns = named["groups"], hidden if named["gate_up"] else intermediate
+        plain = transposed(values.view(torch.uint8)).view(torch.float8_e4m3fn)[:, :columns].float()
+        for expert, first, end, _ in groups.tiles[: int(groups.counts[0])].tolist():
+            codes, scales = unpack_e4m3_fragments(packed[expert], rows, columns)
+            decoded, halves = decode_blocks(codes, scales, torch.float32), weight_scales[expert].flatten()
+            amax = decoded.abs().amax(1).view(-1, 8) if named["gate_up"] else decoded.abs().amax(1)
+            of_rows = torch.stack((amax[::2].flatten(), amax[1::2].flatten())) if named["gate_up"] else amax
+            assert torch.equal(of_rows, named["row_amax"][expert].float())
+            made, made_scales = quantize_fp8_rows(decoded)
+            sums = (plain[first:end] @ made.float().T) * named["token_scales"][first:end, None] * made_scales[:, 0]
+            if named["gate_up"]:
+                gate, up = sums.view(end - first, -1, 2, 8).unbind(2)
+                sums = reference.swiglu(gate.flatten(1) * halves[0], up.flatten(1) * halves[1], named["limit"])
+            else:
+                sums = sums * halves[0]
+            out[first:end] = sums if groups.weights is None else sums * groups.weights[first:end, None]
+
+    def combine(rows: Tensor, row_of_slot: Tensor, top_k: int, addend: Tensor | None, out: Tensor) -> None:
+        here = torch.where(row_of_slot[:, None] < 0, 0.0, rows[row_of_slot.long()])
+        out.copy_(here.view(len(out), top_k, -1).sum(1) + (0 if addend is None else addend))
+
+    for twin in (carve, run_half, combine):
+        monkeypatch.setattr(grouped, twin.__name__, twin)
+    monkeypatch.setattr(grouped, "_group", group)
+    monkeypatch.setattr(fp8, "enter_rows", enter_rows)
+    x, routing = torch.randn(tokens, hidden), draw_routing(tokens, top_k, weighting, experts)
+    call, out, addend = Call(LIMIT, "fp8", "dynamic"), torch.empty(tokens, hidden), torch.randn(tokens, hidden)
+    grouped.routed_experts(x, list(ROUTED.pack(*stacks).values()), routing, call, out, addend)
+    want = wanted(x, stacks, routing, call) + addend
+    # h is rounded to bf16 before its row's largest value is found: tests/tolerances.py.
+    assert (out - want).norm() <= AGAINST_REFERENCE["routed_experts", "fp8", "sm90-fp8"] * want.norm()
 
 
 def padded(columns: int) -> int:

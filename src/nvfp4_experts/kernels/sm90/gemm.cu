@@ -27,8 +27,8 @@
 // is; and the second-level cache, which every block asks for its activations: STRIPS.
 //
 // Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, STRIPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a
-//   consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16,
-//   quantised with a static scale.
+//   consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values
+//   as bf16, quantised with a static scale.
 
 #include "common.cuh"
 #include "async.cuh"
