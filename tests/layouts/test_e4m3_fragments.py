@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fragments for FP8 tensor cores: the byte map element by element, the inverse, and what a kernel picks out of it."""
+"""Fragments for FP8 tensor cores: the byte map element by element, and what a kernel picks out of it.
+
+Their inverse, and what else both forms of fragments promise: test_fragments.py.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvfp4_experts.errors import LayoutError
 from nvfp4_experts.formats.codes import E2M1_VALUES, pack_codes, unpack_codes
-from nvfp4_experts.layouts.e4m3_fragments import pack_e4m3_fragments, unpack_e4m3_fragments
-from nvfp4_experts.layouts.fragments import CHUNK_BYTES, fragment_bytes
+from nvfp4_experts.layouts.e4m3_fragments import pack_e4m3_fragments
+from nvfp4_experts.layouts.fragments import CHUNK_BYTES
 from tests.layouts.test_fragments import random_weight
-
-SHAPES = [(16, 64), (16, 16), (32, 288), (64, 1408), (16, 7168)]
 
 
 def offsets(row: int, column: int, columns: int) -> tuple[int, int, int]:
@@ -29,7 +29,7 @@ def word_at(packed: list[int], start: int) -> int:
     return int.from_bytes(bytes(packed[start : start + 4]), "little")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 1088), (48, 2048)], ids=str)
 def test_every_element_is_where_the_closed_form_says(shape: tuple[int, int]) -> None:
     codes, scales = random_weight(*shape)
     packed = pack_e4m3_fragments(codes, scales).tolist()
@@ -42,16 +42,6 @@ def test_every_element_is_where_the_closed_form_says(shape: tuple[int, int]) -> 
             assert sign << 3 | word >> 4 * q & 7 == nibbles[row][column]
             fp16 = torch.tensor(packed[scale] << 7, dtype=torch.int16).view(torch.float16)
             assert float(fp16) / 128 == float(scales[row, column // 16])
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_round_trip(shape: tuple[int, int]) -> None:
-    codes, scales = random_weight(*shape)
-    packed = pack_e4m3_fragments(codes, scales)
-    assert packed.numel() == fragment_bytes(*shape)
-    again, scales_again = unpack_e4m3_fragments(packed, *shape)
-    assert torch.equal(again, codes)
-    assert torch.equal(scales_again.view(torch.uint8), scales.view(torch.uint8))
 
 
 def picked(word: int, table: list[float], second: bool) -> list[float]:
@@ -98,13 +88,6 @@ def test_scale_arithmetic_of_the_kernel_gives_fp32_scales() -> None:
             assert float(value) == float(want) * 128 or float(want) == 0
 
 
-def test_codes_under_a_zero_scale_lose_their_magnitude_and_nothing_else() -> None:
-    codes = torch.full((16, 32), 0xF7, dtype=torch.uint8)
-    packed = pack_e4m3_fragments(codes, torch.zeros(16, 4).to(torch.float8_e4m3fn))
-    again, scales = unpack_e4m3_fragments(packed, 16, 64)
-    assert set(again.flatten().tolist()) == {0x80} and not scales.float().any()
-
-
 def test_golden_bytes() -> None:
     nibbles = torch.zeros(16, 64, dtype=torch.uint8)
     nibbles[0, 0], nibbles[8, 5], nibbles[9, 58] = 0xF, 0x5, 0xE  # -6, 3, -4
@@ -117,11 +100,3 @@ def test_golden_bytes() -> None:
     assert packed[7 * 16 + 12 : 7 * 16 + 16] == [0, 0x06, 0x80, 0]
     assert sum(byte != 0 for byte in packed[:512]) == 4
     assert packed[512] == 0xF6 and packed[513] == 0x68 and packed[512 + 15] == 0xB0
-
-
-def test_errors() -> None:
-    codes, scales = random_weight(24, 64)
-    with pytest.raises(LayoutError, match="multiple of 16"):
-        pack_e4m3_fragments(codes, scales)
-    with pytest.raises(LayoutError, match="bytes"):
-        unpack_e4m3_fragments(torch.zeros(10, dtype=torch.uint8), 16, 64)

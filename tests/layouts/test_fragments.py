@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor-core fragments: the byte map element by element, the inverse, and what a kernel reads out of it."""
+"""Tensor-core fragments: the byte map element by element, the inverse, and what a kernel reads out of it.
+
+What both forms promise is tested of both; the rest of the other is in test_e4m3_fragments.py.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +15,7 @@ from torch import Tensor
 
 from nvfp4_experts.errors import LayoutError
 from nvfp4_experts.formats.codes import E2M1_VALUES, pack_codes, unpack_codes
+from nvfp4_experts.layouts.e4m3_fragments import pack_e4m3_fragments, unpack_e4m3_fragments
 from nvfp4_experts.layouts.fragments import (
     CHUNK_BYTES,
     FROM_FIRST,
@@ -16,6 +23,10 @@ from nvfp4_experts.layouts.fragments import (
     pack_fragments,
     unpack_fragments,
 )
+
+FORMS = [(pack_fragments, unpack_fragments), (pack_e4m3_fragments, unpack_e4m3_fragments)]
+both = pytest.mark.parametrize(("pack", "unpack"), FORMS, ids=["bf16", "e4m3"])
+Form = Callable[..., Any]
 
 
 def random_weight(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -81,18 +92,20 @@ def test_golden_bytes() -> None:
 
 
 @pytest.mark.parametrize("shape", [(16, 64), (16, 16), (32, 288), (64, 1408), (32, 2304), (16, 7168)], ids=str)
-def test_round_trip(shape: tuple[int, int]) -> None:
+@both
+def test_round_trip(pack: Form, unpack: Form, shape: tuple[int, int]) -> None:
     codes, scales = random_weight(*shape)
-    packed = pack_fragments(codes, scales)
+    packed = pack(codes, scales)
     assert packed.numel() == fragment_bytes(*shape)
-    again, scales_again = unpack_fragments(packed, *shape)
+    again, scales_again = unpack(packed, *shape)
     assert torch.equal(again, codes)
     assert torch.equal(scales_again.view(torch.uint8), scales.view(torch.uint8))
 
 
-def test_every_scale_byte_survives_nan_included() -> None:
+@both
+def test_every_scale_byte_survives_nan_included(pack: Form, unpack: Form) -> None:
     scales = torch.arange(128, dtype=torch.uint8).view(16, 8).view(torch.float8_e4m3fn)
-    _, again = unpack_fragments(pack_fragments(torch.zeros(16, 64, dtype=torch.uint8), scales), 16, 128)
+    _, again = unpack(pack(torch.zeros(16, 64, dtype=torch.uint8), scales), 16, 128)
     assert torch.equal(again.view(torch.uint8), scales.view(torch.uint8))
 
 
@@ -137,17 +150,19 @@ def test_scale_arithmetic_of_the_kernel_gives_bf16_scales() -> None:
                 assert value == want * 2.0**119 or want == 0 or (value != value and want != want)
 
 
-def test_codes_under_a_zero_scale_lose_their_magnitude_and_nothing_else() -> None:
+@both
+def test_codes_under_a_zero_scale_lose_their_magnitude_and_nothing_else(pack: Form, unpack: Form) -> None:
     codes = torch.full((16, 32), 0xF7, dtype=torch.uint8)
-    again, scales = unpack_fragments(pack_fragments(codes, torch.zeros(16, 4).to(torch.float8_e4m3fn)), 16, 64)
+    again, scales = unpack(pack(codes, torch.zeros(16, 4).to(torch.float8_e4m3fn)), 16, 64)
     assert set(again.flatten().tolist()) == {0x80} and not scales.float().any()
 
 
-def test_errors() -> None:
+@both
+def test_errors(pack: Form, unpack: Form) -> None:
     codes, scales = random_weight(24, 64)
     with pytest.raises(LayoutError, match="multiple of 16"):
-        pack_fragments(codes, scales)
+        pack(codes, scales)
     with pytest.raises(LayoutError, match="negative"):
-        pack_fragments(torch.zeros(16, 32, dtype=torch.uint8), (-torch.ones(16, 4)).to(torch.float8_e4m3fn))
+        pack(torch.zeros(16, 32, dtype=torch.uint8), (-torch.ones(16, 4)).to(torch.float8_e4m3fn))
     with pytest.raises(LayoutError, match="bytes"):
-        unpack_fragments(torch.zeros(10, dtype=torch.uint8), 16, 64)
+        unpack(torch.zeros(10, dtype=torch.uint8), 16, 64)

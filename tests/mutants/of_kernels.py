@@ -66,8 +66,8 @@ OF_KERNELS = (
     Mutant(
         "routed: fp8 goes to the kernels whose weights are packed for bf16",
         "kernels/sm90/routed.py",
-        '(problem.activations == "fp8") != self.fp8',
-        'problem.activations != "fp8" and self.fp8',
+        '(problem.activations == "fp8") != self.for_fp8',
+        'problem.activations != "fp8" and self.for_fp8',
         "tests/kernels/test_sm90_routed.py::test_what_it_has_no_kernel_for_it_refuses",
     ),
     # kernels: routed experts

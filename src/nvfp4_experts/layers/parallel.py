@@ -55,9 +55,9 @@ class SummedOverRanks(nn.Module):
         router: as of `Nvfp4MoE`; or None, and the caller gives indices and weights. The same on every rank.
         first_expert: what the first expert of `routed` is called in the indices.
         chunk_tokens: of twice as many tokens or more, so many are computed at a time, while the parts of those before
-            them travel; None: all at once. Not with activation_scale="dynamic", whose scale is the batch's. It pays
-            where computing leaves room for what travels: not on Hopper, whose kernels fill the device, and not with
-            routed experts, whose weights are read again for every chunk (docs/parallel.md).
+            them travel; None: all at once. Not with activation_scale="dynamic", whose scale is the batch's. It can
+            pay where computing leaves room on the device for what travels; routed experts' weights are read again for
+            every chunk (docs/parallel.md).
 
     Raises:
         InputError: no group, no part on any rank, or chunk_tokens below 1.

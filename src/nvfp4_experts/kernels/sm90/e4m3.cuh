@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rounding to e4m3 in units of a row's amax / 448, as quantize_fp8_rows of formats/activations.py does it.
+// Rounding to e4m3 in units of a row's amax / 448, as quantize_fp8_rows of formats/activations.py does it: of four values
+// (activations), and of packed weights by way of a table of their eight magnitudes. Needs common.cuh.
 
 // Four values as e4m3, to nearest even, saturating at 448; NaN stays NaN.
 __device__ __forceinline__ u32 e4m3_quad(float v0, float v1, float v2, float v3) {

@@ -20,8 +20,6 @@
 
 #include "enter.cuh"
 
-constexpr int AT_ONCE = 4;  // pieces of a thread on their way, of rows that are copied as they are: one block a row
-
 // amax (experts,): of the rows of each; zero at first.
 extern "C" __global__ void __launch_bounds__(THREADS)
     amax_of_experts(const Element* __restrict__ x, int columns, const int* __restrict__ counts,
@@ -43,25 +41,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     let_next_launch_begin();
     wait_for_launch_before();
     const int row = blockIdx.x, pieces = columns / VALUES, i = blockIdx.y * THREADS + threadIdx.x;
-    const int rows = __ldcg(counts + 1), source = gather ? __ldcg(gather + row) : row;  // one wait for both
-    if (row >= rows) return;
-    const Element* from = x + (size_t)source * columns;
+    if (row >= __ldcg(counts + 1)) return;
+    const Element* from = x + (size_t)(gather ? __ldcg(gather + row) : row) * columns;
     uint4* to = values + (size_t)row * pieces;
-#if SCALE == NONE
-    for (int first = i; first < pieces; first += AT_ONCE * THREADS) {
-        float v[AT_ONCE][VALUES];
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++)
-            if (first + n * THREADS < pieces) load8(from + (first + n * THREADS) * VALUES, v[n]);
-#pragma unroll
-        for (int n = 0; n < AT_ONCE; n++)
-            if (first + n * THREADS < pieces)
-                to[first + n * THREADS] = make_uint4(bf16_pair(v[n][0], v[n][1]), bf16_pair(v[n][2], v[n][3]),
-                                                     bf16_pair(v[n][4], v[n][5]), bf16_pair(v[n][6], v[n][7]));
-    }
-#else
     float v[VALUES] = {};
     if (i < pieces) load8(from + i * VALUES, v);  // while the scales are on their way
+#if SCALE == NONE
+    if (i < pieces)
+        to[i] = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
+#else
     float g, s;
     const bool writes = blockIdx.y == 0 && threadIdx.x == 0;
 #if SCALE == STATIC

@@ -8,6 +8,8 @@
     unpack.cu    W2 -> e4m3, over the weights before
     _scaled_mm   y, in bf16
 
+Routed experts have a kernel of their own (grouped.py); `enter_rows` brings their rows to e4m3 in front of it.
+
 Operands are those of kernels/reference.py. Two things differ from it: gate, up and y are rounded to bf16 out of the sum
 (in fp32 there would be twice the traffic between the GEMMs), and the tensor cores keep 13 fractional bits of a running
 sum. Both are small beside e4m3 itself; tests/tolerances.py has the figures.

@@ -215,7 +215,7 @@ def _enter(
         kernel = _enter_kernel("amax_of_experts", of, x.dtype, x.device)
         launch_kernel(kernel, (rows,), ENTER_THREADS, x, columns, counts, expert_of_row, amax)
     scale = static if of == _STATIC else made.get("scale")
-    along = 1 if of in (_NONE, _OF_ROW) else -(-x.shape[1] // (ENTER_THREADS * ENTER_VALUES))
+    along = 1 if of == _OF_ROW else -(-x.shape[1] // (ENTER_THREADS * ENTER_VALUES))
     kernel = _enter_kernel("enter_rows", of, x.dtype, x.device)
     lists = counts, expert_of_row, gather
     launch_kernel(kernel, (rows, along), ENTER_THREADS, x, columns, *lists, scale, amax, scale, values)

@@ -28,13 +28,13 @@ _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
 class Sm90RoutedExperts(StackedExperts):
     """See the module docstring."""
 
-    fp8 = False
+    for_fp8 = False  # what the packed weights are for
 
     def refusal(self, problem: Problem) -> str | None:
         if (reason := super().refusal(problem)) is not None:
             return reason
-        if (problem.activations == "fp8") != self.fp8:
-            return "packs weights for fp8 activations alone" if self.fp8 else "leaves fp8 activations to sm90-fp8"
+        if (problem.activations == "fp8") != self.for_fp8:
+            return "packs weights for fp8 activations alone" if self.for_fp8 else "leaves fp8 activations to sm90-fp8"
         if problem.experts > _MAX_EXPERTS:
             return f"takes at most {_MAX_EXPERTS} experts"
         return None

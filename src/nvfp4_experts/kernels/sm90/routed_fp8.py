@@ -22,7 +22,7 @@ class _One(Sm90Backend):
 class Sm90Fp8RoutedExperts(Sm90RoutedExperts):
     """See the module docstring."""
 
-    fp8 = True
+    for_fp8 = True
 
 
 ROUTED = Sm90Fp8RoutedExperts(_One())

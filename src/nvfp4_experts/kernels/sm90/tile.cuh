@@ -3,7 +3,7 @@
 //
 // Warp roles: 16 consumers split K, each its own 64 columns of a stage; a producer warp keeps a ring of STAGES bulk copies
 // (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles; a reducer warp adds the 16 partial sums of a tile, or
-// two take turns, where one would be a fifth of what its scheduler has to issue.
+// two on different schedulers take turns.
 // Activations stay in the consumers' registers as B fragments.
 // Needs STAGES.
 
