@@ -100,14 +100,14 @@ def sum_in_rank_order(part: Tensor, y: Tensor, group: dist.ProcessGroup) -> Iter
         work = _gather_bytes(parts, part, group)
         yield
         work.wait()
-        _add_in_order(parts[:, :n], flat)
+        add_in_order(list(parts[:, :n]), flat)
         return
     parts = torch.empty_like(part)
     work = dist.all_to_all_single(parts.view(torch.uint8), part.view(torch.uint8), group=group, async_op=True)
     yield
     work.wait()
     sums = y.new_empty(part.numel() // ranks)
-    _add_in_order(parts.view(ranks, -1), sums)
+    add_in_order(list(parts.view(ranks, -1)), sums)
     whole = flat if n == part.numel() else y.new_empty(part.numel())
     work = _gather_bytes(whole, sums, group)
     yield
@@ -116,8 +116,8 @@ def sum_in_rank_order(part: Tensor, y: Tensor, group: dist.ProcessGroup) -> Iter
         flat.copy_(whole[:n])
 
 
-def _add_in_order(parts: Tensor, out: Tensor) -> None:
-    """(R, n) fp32, R > 1, to (n,): added in fp32 in the order of R, rounded once."""
+def add_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
+    """R > 1 parts, (n,) fp32, to (n,): added in fp32 in their order, rounded once."""
     total = parts[0]
     for part in parts[1:-1]:
         total = total + part

@@ -30,9 +30,11 @@ from .dispatched import DispatchedOverRanks
 from .kept_expert import KeptSharedExpert
 from .moe import Nvfp4MoE
 from .packed import NoBackward
+from .peers import Peers, peers_of
 from .routed_experts import Nvfp4RoutedExperts
 from .shards import experts_of, facts_of, shard_of, share_of
 from .shared_expert import Nvfp4SharedExpert
+from .spread import Spread, spread_of
 
 PLANS = ("tp", "ep", "dispatch")
 _INPUTS = ("topk_indices", "topk_weights", "token_ids")
@@ -58,6 +60,8 @@ class SummedOverRanks(nn.Module):
             them travel; None: all at once. Not with activation_scale="dynamic", whose scale is the batch's. It can
             pay where computing leaves room on the device for what travels; routed experts' weights are read again for
             every chunk (docs/parallel.md).
+        direct: let GPUs that reach each other's memory read parts there (peers.py), where parts are not chunked;
+            False: torch.distributed's collectives. The same bits.
 
     Raises:
         InputError: no group, no part on any rank, or chunk_tokens below 1.
@@ -68,7 +72,9 @@ class SummedOverRanks(nn.Module):
         Where a scale is measured on h (dynamic, per_token, fp8) a shard measures its own channels: the layer is then
         the sum of the shards, each an expert in its own right. Shares measure what the whole does.
 
-    Cost: that of the part, and what `sum_in_rank_order` says of (T, H) values. Inference only.
+    Cost: that of the part, and what `sum_in_rank_order` or `Peers.sum` says of (T, H) values; a lone shared expert of
+        many tokens: see spread.py. With `direct` calls are for one stream at a time, and 4 (1 + 1 / R) H max_tokens
+        bytes are kept, once for a group and device. Inference only.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class SummedOverRanks(nn.Module):
         router: nn.Module | None = None,
         first_expert: int = 0,
         chunk_tokens: int | None = None,
+        direct: bool = True,
     ) -> None:
         super().__init__()
         self.group, self.rank, self.ranks = checked_group(group)
@@ -87,8 +94,8 @@ class SummedOverRanks(nn.Module):
         self.chunk_tokens = chunk_tokens
         if chunk_tokens is not None:
             checked_count("chunk_tokens", chunk_tokens, "give the tokens of a chunk, or None")
-        said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed)})
-        facts = [fact for rank in said for fact in rank.values() if fact is not None]
+        said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed), "direct": direct})
+        facts = [fact for rank in said for fact in (rank["shared"], rank["routed"]) if fact is not None]
         if not facts:
             raise InputError("shared and routed", "must be there on some rank", "none", "give each rank its part")
         sizes = {fact["hidden_size"] for fact in facts}
@@ -100,6 +107,14 @@ class SummedOverRanks(nn.Module):
         self._whole_batch = any(
             (fact["activations"], fact["activation_scale"]) == ("nvfp4", "dynamic") for fact in facts
         )
+        self._peers: Peers | None = None
+        if direct and chunk_tokens is None and self.ranks > 1:
+            self._peers = peers_of(self.group, self._device())
+        self._spread: Spread | None = None
+        if self._peers is not None:
+            self._peers.reserve(padded(self.max_tokens, self.ranks) * self.hidden_size)
+            if not self._top_k:
+                self._spread = spread_of(self.group, self._peers, shared)
 
     def forward(self, x: Tensor, *inputs: Tensor | None, out: Tensor | None = None, **named: Tensor | None) -> Tensor:
         """Run this rank's part and add up all ranks'.
@@ -143,6 +158,9 @@ class SummedOverRanks(nn.Module):
         if self.router is not None:  # of the whole batch: which experts are chosen must not hang on chunks
             inputs = self.router(x, *inputs)
         rows, sums = x.reshape(-1, self.hidden_size), y.view(-1, self.hidden_size)
+        if self._spread is not None and self._spread.takes(rows):
+            self._spread.run(rows.contiguous(), sums)
+            return y
         others = [t.reshape(-1, t.shape[-1]) for t in inputs if t is not None]
         under_way: deque[Iterator[None]] = deque()
         for chunk in self._chunks(len(rows)):
@@ -164,9 +182,19 @@ class SummedOverRanks(nn.Module):
             part = torch.empty(x.shape, device=x.device)
             y.copy_(self._part(x, inputs, part))
             return
+        if self._peers is not None:
+            self._part(x, inputs, self._peers.part(x.numel()).view(x.shape))
+            self._peers.sum(y)
+            return
         flat = torch.empty(padded(x.numel(), self.ranks), device=x.device)
         self._part(x, inputs, flat[: x.numel()].view(x.shape))
         yield from sum_in_rank_order(flat, y, self.group)
+
+    def _device(self) -> torch.device:
+        """Where this rank's part is; without one, where it would be."""
+        for tensor in self.buffers():
+            return tensor.device
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def _part(self, x: Tensor, inputs: list[Tensor], out: Tensor) -> Tensor:
         if self.routed is not None:
@@ -201,6 +229,7 @@ def parallelize(
     *,
     combine: str = "slots",
     chunk_tokens: int | None = None,
+    direct: bool = True,
 ) -> nn.Module:
     """Exchange every NVFP4 expert layer of a model for this rank's part of it.
 
@@ -212,7 +241,7 @@ def parallelize(
         group: as for `SummedOverRanks`.
         plan: one of PLANS; see the module docstring. "dispatch" leaves shared experts whole.
         combine: of "dispatch"; see `DispatchedOverRanks`.
-        chunk_tokens: of the others; see `SummedOverRanks`.
+        chunk_tokens, direct: of the others; see `SummedOverRanks`.
 
     Returns:
         The model, or what stands in its place if it is such a layer itself.
@@ -236,7 +265,7 @@ def parallelize(
         if plan == "dispatch":
             part = _dispatched(layer, group, rank, ranks, combine)
         else:
-            part = _summed(layer, group, rank, ranks, plan, chunk_tokens)
+            part = _summed(layer, group, rank, ranks, plan, chunk_tokens=chunk_tokens, direct=direct)
         if not name:
             return part
         model.set_submodule(name, part)
@@ -253,9 +282,7 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return found
 
 
-def _summed(
-    layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str, chunk_tokens: int | None
-) -> nn.Module:
+def _summed(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str, **options: Any) -> nn.Module:
     parts: dict[str, Any] = {"routed": layer} if isinstance(layer, Nvfp4RoutedExperts) else {"shared": layer}
     if isinstance(layer, Nvfp4MoE):
         parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
@@ -269,7 +296,7 @@ def _summed(
         parts["first_expert"] = experts_of(rank, ranks, whole.num_experts).start
     elif whole is not None:
         parts["routed"] = shard_of(whole, rank, ranks)
-    return SummedOverRanks(group, **parts, chunk_tokens=chunk_tokens)
+    return SummedOverRanks(group, **parts, **options)
 
 
 def _dispatched(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, combine: str) -> nn.Module:

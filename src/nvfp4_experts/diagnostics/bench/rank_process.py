@@ -38,6 +38,7 @@ from .work import HIDDEN_SCALE, INPUT_SCALE, SWIGLU_LIMIT, Weights, Work
 
 MIN_SAMPLE_SECONDS, MIN_SAMPLES, MAX_SAMPLES = 5e-3, 5, 51
 MAX_COPIES = 64  # of a shared expert
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}  # it needs rights that few have
 
 Call = Callable[[Tensor], Tensor]
 
@@ -102,7 +103,8 @@ def run_rank(rank: int, settings: Settings, folder: Path) -> None:
     """One process: everything but the report."""
     device = torch.device(f"cuda:{rank}" if settings.device_type == "cuda" else settings.device_type)
     if device.type == "cuda":
-        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast through the switch needs rights that few have
+        for name, value in NO_MULTICAST.items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(max(1, torch.get_num_threads() // settings.ranks))

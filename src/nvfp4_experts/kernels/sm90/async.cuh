@@ -114,6 +114,15 @@ __device__ __forceinline__ void copy_to_shared(Address to, const void* from, u32
                  : "memory");
 }
 
+// To global memory, by the thread that waits for it below.
+__device__ __forceinline__ void copy_from_shared(void* to, Address from, u32 bytes) {
+    asm volatile(
+        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes)
+        : "memory");
+}
+__device__ __forceinline__ void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void copies_have_ended() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 __device__ __forceinline__ void copy_box(Address to, const TensorMap& map, int x, int y, int z, Address barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
@@ -172,24 +181,40 @@ template <int N>
 __device__ __forceinline__ void mma_async_e4m3(float (&sums)[N / 2], const u32 (&a)[4], u32 b);
 
 #define SUM_4(i) "+f"(sums[i]), "+f"(sums[i + 1]), "+f"(sums[i + 2]), "+f"(sums[i + 3])
-#define SUM_8(i) SUM_4(i), SUM_4(i + 4)
-#define SUM_16(i) SUM_8(i), SUM_8(i + 8)
-#define SUM_32(i) SUM_16(i), SUM_16(i + 16)
-#define SUMS_8 SUM_8(0)
-#define SUMS_16 SUM_16(0)
-#define SUMS_32 SUM_32(0)
-#define SUMS_48 SUMS_32, SUM_16(32)
+#define SUMS_4 SUM_4(0)
+#define SUMS_8 SUMS_4, SUM_4(4)
+#define SUMS_12 SUMS_8, SUM_4(8)
+#define SUMS_16 SUMS_12, SUM_4(12)
+#define SUMS_20 SUMS_16, SUM_4(16)
+#define SUMS_24 SUMS_20, SUM_4(20)
+#define SUMS_28 SUMS_24, SUM_4(24)
+#define SUMS_32 SUMS_28, SUM_4(28)
+#define SUMS_36 SUMS_32, SUM_4(32)
+#define SUMS_40 SUMS_36, SUM_4(36)
+#define SUMS_44 SUMS_40, SUM_4(40)
+#define SUMS_48 SUMS_44, SUM_4(44)
 #define SUMS_52 SUMS_48, SUM_4(48)
-#define SUMS_56 SUMS_48, SUM_8(48)
-#define SUMS_64 SUMS_32, SUM_32(32)
+#define SUMS_56 SUMS_52, SUM_4(52)
+#define SUMS_60 SUMS_56, SUM_4(56)
+#define SUMS_64 SUMS_60, SUM_4(60)
+#define SUM_32(i) SUM_4(i), SUM_4(i + 4), SUM_4(i + 8), SUM_4(i + 12), SUM_4(i + 16), SUM_4(i + 20), SUM_4(i + 24), SUM_4(i + 28)
 #define SUMS_128 SUMS_64, SUM_32(64), SUM_32(96)
-#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define NAMES_16 NAMES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define NAMES_48 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define NAMES_4 "%0, %1, %2, %3"
+#define NAMES_8 NAMES_4 ", %4, %5, %6, %7"
+#define NAMES_12 NAMES_8 ", %8, %9, %10, %11"
+#define NAMES_16 NAMES_12 ", %12, %13, %14, %15"
+#define NAMES_20 NAMES_16 ", %16, %17, %18, %19"
+#define NAMES_24 NAMES_20 ", %20, %21, %22, %23"
+#define NAMES_28 NAMES_24 ", %24, %25, %26, %27"
+#define NAMES_32 NAMES_28 ", %28, %29, %30, %31"
+#define NAMES_36 NAMES_32 ", %32, %33, %34, %35"
+#define NAMES_40 NAMES_36 ", %36, %37, %38, %39"
+#define NAMES_44 NAMES_40 ", %40, %41, %42, %43"
+#define NAMES_48 NAMES_44 ", %44, %45, %46, %47"
 #define NAMES_52 NAMES_48 ", %48, %49, %50, %51"
 #define NAMES_56 NAMES_52 ", %52, %53, %54, %55"
-#define NAMES_64 NAMES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define NAMES_60 NAMES_56 ", %56, %57, %58, %59"
+#define NAMES_64 NAMES_60 ", %60, %61, %62, %63"
 #define NAMES_128 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // N columns in R registers; the five operands behind them are numbered a0 .. b. TAIL: what follows b; K-major both.
@@ -205,11 +230,20 @@ __device__ __forceinline__ void mma_async_e4m3(float (&sums)[N / 2], const u32 (
 #define DEFINE_MMA(...)                                                             \
     DEFINE_MMA_OF(mma_async_bf16, "k16.f32.bf16.bf16", "1, 1, 1, 0", __VA_ARGS__) \
     DEFINE_MMA_OF(mma_async_e4m3, "k32.f32.e4m3.e4m3", "1, 1, 1", __VA_ARGS__)
+DEFINE_MMA(8, 4, 4, 5, 6, 7, 8)
 DEFINE_MMA(16, 8, 8, 9, 10, 11, 12)
+DEFINE_MMA(24, 12, 12, 13, 14, 15, 16)
 DEFINE_MMA(32, 16, 16, 17, 18, 19, 20)
+DEFINE_MMA(40, 20, 20, 21, 22, 23, 24)
+DEFINE_MMA(48, 24, 24, 25, 26, 27, 28)
+DEFINE_MMA(56, 28, 28, 29, 30, 31, 32)
 DEFINE_MMA(64, 32, 32, 33, 34, 35, 36)
+DEFINE_MMA(72, 36, 36, 37, 38, 39, 40)
+DEFINE_MMA(80, 40, 40, 41, 42, 43, 44)
+DEFINE_MMA(88, 44, 44, 45, 46, 47, 48)
 DEFINE_MMA(96, 48, 48, 49, 50, 51, 52)
 DEFINE_MMA(104, 52, 52, 53, 54, 55, 56)
 DEFINE_MMA(112, 56, 56, 57, 58, 59, 60)
+DEFINE_MMA(120, 60, 60, 61, 62, 63, 64)
 DEFINE_MMA(128, 64, 64, 65, 66, 67, 68)
 DEFINE_MMA(256, 128, 128, 129, 130, 131, 132)

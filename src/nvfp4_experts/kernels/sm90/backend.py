@@ -33,6 +33,7 @@ from . import fp8, gemm
 from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
 from .mailbox import all_bytes, decode_box, mailbox_bytes, mailboxes
+from .over_shards import OverShards
 
 STAGES = 6
 THREADS = 640
@@ -46,6 +47,7 @@ class Sm90Backend:
 
     name = "sm90"
     pack_matrix, unpack_matrix = staticmethod(pack_fragments), staticmethod(unpack_fragments)
+    over_shards = OverShards
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.target.capability != (9, 0):

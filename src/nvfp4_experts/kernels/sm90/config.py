@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from ...layouts.fragments import CHUNK_BYTES, COLUMNS, ROWS
 
 ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLITS = (1, 2, 3, 4), (1, 2, 3, 4), (32, 64, 128, 256), (1, 2, 4)
-ROUTED_TOKENS = (32, 64, 112)  # of routed experts alone, which neither the rule nor tuning looks at
 MAX_STAGES, MIN_STAGES = 6, 2
 SHARED_BYTES, RESERVED_BYTES = 232448, 8192  # what a block may have; of it for barriers, amax and alignment
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # of a consumer thread, by warpgroups, after the producer gave up its own
@@ -131,7 +130,7 @@ def refusal(config: GemmConfig, problem: GemmProblem) -> str | None:
     for name, value, allowed in (
         ("row_groups", config.row_groups, ROW_GROUPS),
         ("column_groups", config.column_groups, COLUMN_GROUPS),
-        ("tokens", config.tokens, (*TOKENS, *ROUTED_TOKENS)),
+        ("tokens", config.tokens, TOKENS),
         ("split", config.split, SPLITS),
     ):
         if value not in allowed:

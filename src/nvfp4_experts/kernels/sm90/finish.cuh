@@ -108,7 +108,7 @@ __device__ __forceinline__ void finish(const Arguments& arguments, const Rows& r
     if (row >= arguments.rows) return;
 #pragma unroll
     for (int i = 0; i < SHARE; i++)
-        store_8x8(arguments.out, arguments.rows / 2, row / 2, first_token + 8 * i, end_token, sums[4 * i], sums[4 * i + 1]);
+        store_8x8(arguments.out, arguments.stride, row / 2, first_token + 8 * i, end_token, sums[4 * i], sums[4 * i + 1]);
 #else
     if (row >= arguments.rows) return;
 #pragma unroll
@@ -119,7 +119,7 @@ __device__ __forceinline__ void finish(const Arguments& arguments, const Rows& r
         const float weight_0 = weight_of(arguments, mine, end_token), weight_1 = weight_of(arguments, mine + 1, end_token);
 #pragma unroll
         for (int h = 0; h < 2; h++)
-            store_8x8(arguments.out, arguments.rows, row + 8 * h, token, end_token,
+            store_8x8(arguments.out, arguments.stride, row + 8 * h, token, end_token,
                       sums[4 * i + 2 * h] * UNPACKED_SUM * (scale_0 * rows.factors[h]) * weight_0,
                       sums[4 * i + 2 * h + 1] * UNPACKED_SUM * (scale_1 * rows.factors[h]) * weight_1);
     }

@@ -17,7 +17,7 @@
 // With one part blocks are persistent. A token's result depends on PARTS and on nothing else of the batch.
 //
 // GROUPED: weights of several experts, one after the other, and a list of tiles that group.cu made: rows of activations
-// and their expert. A tile of few rows is multiplied by narrower wgmmas. One part only.
+// and their expert. A tile of few rows is multiplied by narrower wgmmas, to the next 8. One part only.
 //
 // FP8 (GROUPED alone): weights as layouts/e4m3_fragments.py packs them become e4m3 in units of their row's amax / 448;
 // activations are e4m3 in the order that it says, with a scale a row. Half of the wgmmas.
@@ -26,8 +26,8 @@
 // instructions for 16 rows x 64 columns, 45 of them (FP8: 38) on the pipe that takes one every other cycle, whatever TOKENS
 // is; and the second-level cache, which every block asks for its activations: STRIPS.
 //
-// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, STRIPS, COLUMN_GROUPS, TOKENS, SPLIT, STAGES, REGISTERS (of a
-//   consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values
+// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, STRIPS, COLUMN_GROUPS, TOKENS, BOX_TOKENS (copied at a time;
+//   without GROUPED all of them), SPLIT, STAGES, REGISTERS (of a consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values
 //   as bf16, quantised with a static scale.
 
 #include "common.cuh"
@@ -42,18 +42,15 @@
 #define PARTED (SPLIT * COLUMN_GROUPS > 1)
 
 constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
-// GROUPED: widths of wgmma, narrowest and step. Registers are not enough for more of them.
-constexpr bool TWO_WIDTHS = TOKENS < 96 || OUT == NVFP4 || (STRIPS > 1 && !FP8);
-constexpr int NARROWEST = TOKENS >= 96 ? 96 : TOKENS / 2, NARROWER = (TOKENS - NARROWEST) / (TWO_WIDTHS ? 1 : 2);
-
 constexpr int ROWS = 64 * STRIPS * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;  // of 64 columns; of 8 tokens
 constexpr int WEIGHT_BYTES = ROWS / 16 * CHUNK_BYTES;                   // of a chunk
-constexpr int BOX_CHUNKS = FP8 ? 2 : 1, BOX_BYTES = TOKENS * 128;       // of activations: rows of 128 bytes
-constexpr int STAGE_BOXES = STAGE_CHUNKS / BOX_CHUNKS, STEPS = FP8 ? 2 : 4;  // STEPS: wgmmas of a chunk, 32 bytes each
-constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : BOX_BYTES;                // bytes from a chunk of activations to the next
+constexpr int SLICE_CHUNKS = FP8 ? 2 : 1, SLICE_BYTES = TOKENS * 128;     // of activations: rows of 128 bytes
+constexpr int STAGE_SLICES = STAGE_CHUNKS / SLICE_CHUNKS, STEPS = FP8 ? 2 : 4;  // STEPS: wgmmas of a chunk, 32 bytes each
+constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : SLICE_BYTES;               // bytes from a chunk of activations to the next
 static_assert(!FP8 || GROUPED, "row_amax comes with the list of tiles");
 static_assert(STRIPS == 1 || PARTS == 1, "sums of parts are of one strip");
+constexpr int NARROWEST = TOKENS < 128 ? 8 : 64;  // GROUPED: wgmma
 constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // that a part finishes, at most
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
 __device__ constexpr int part_of(int group) {
@@ -70,12 +67,12 @@ struct TokenTile {
 
 struct Arguments {
     TensorMap weights;      // (experts x tiles of 16 rows, chunks, 144) words, box (ROWS / 16, STAGE_CHUNKS, 144)
-    TensorMap activations;  // (tokens, columns) bf16 or e4m3, box (TOKENS, 128 bytes), 128-byte swizzle
+    TensorMap activations;  // (tokens, columns) bf16 or e4m3, box (BOX_TOKENS, 128 bytes), 128-byte swizzle
     const float* weight_scales;  // of each expert; GATE_UP: of gate, of up; DOWN: of down
     const float* token_scales;   // of the activations: one, one a token, or one an expert; null: 1
     const float* hidden_scale;   // NVFP4: the static scale of h, of each expert
-    void* out;                   // (tokens, rows / 2 or rows)
-    int scaling, tokens, rows, chunks;
+    void* out;                   // (tokens, rows / 2 or rows), `stride` values from a token to the next
+    int scaling, tokens, rows, chunks, stride;
     float limit;
 #if GROUPED
     const TokenTile* token_tiles;
@@ -100,7 +97,7 @@ struct Tile {
 struct Shared {
     union {
         struct {
-            alignas(1024) unsigned char activations[STAGES][STAGE_BOXES][BOX_BYTES];
+            alignas(1024) unsigned char activations[STAGES][STAGE_SLICES][SLICE_BYTES];
             alignas(128) unsigned char weights[STAGES][STAGE_CHUNKS * WEIGHT_BYTES];  // [row warp][chunk]
         };
         float4 sums[PARTS > 1 ? PARTS : 1][PARTS > 1 ? COLUMN_GROUPS * SHARE : 1][ROW_WARPS * 32];
@@ -216,13 +213,13 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
     const Address full = shared_address(shared.full), empty = shared_address(shared.empty);
     const Address weights =
         shared_address(shared.weights) + (row_warp * STAGE_CHUNKS + 2 * column_group) * CHUNK_BYTES;
-    const u32 operand = mma_operand(shared_address(shared.activations[0][2 / BOX_CHUNKS * column_group]));
+    const u32 operand = mma_operand(shared_address(shared.activations[0][2 / SLICE_CHUNKS * column_group]));
     const u32 offsets = load_4(shared_address(&shared.scale_offsets));
     u32 a[2][STEPS][4];
     u32 before = 0;
     for (int i = 0; i < steps; i++) {
         const Address from = weights + ring.slot * (STAGE_CHUNKS * WEIGHT_BYTES);
-        const u32 b = operand + ring.slot * (STAGE_BOXES * BOX_BYTES / 16);
+        const u32 b = operand + ring.slot * (STAGE_SLICES * SLICE_BYTES / 16);
         barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
         Packed packed[2][STRIPS];
 #pragma unroll
@@ -236,6 +233,7 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
             multiply_chunk<N>(reinterpret_cast<float (&)[N / 2]>(sums[strip]), a[u % 2], b + chunk * NEXT_CHUNK / 16);
             if (u == 0 && i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);  // it may be filled again
         }
+        if (GROUPED) mma_wait<0>();  // the compiler gives operands in flight here other registers for each width
         before = ring.slot;
         ring.next();
     }
@@ -247,15 +245,20 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
         for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sums[strip][i])::"memory");
 }
 
-// By the narrowest of two or three widths that holds `count` tokens; the registers are not enough for more.
-template <int N = NARROWEST>
+// By the narrowest of LEAST, LEAST + 8, .. MOST that holds `count` tokens.
+template <int LEAST, int MOST>
 __device__ __forceinline__ void multiply_few(int count, int steps, int row_warp, const Shared& shared,
                                              const float (&inverses)[STRIPS][2], Ring<STAGES>& ring,
                                              float (&sums)[STRIPS][TOKENS / 2]) {
-    if (N == TOKENS || count <= N)
-        multiply<N>(steps, row_warp, 0, shared, inverses, ring, sums);
-    else
-        multiply_few<N == TOKENS ? N : N + NARROWER>(count, steps, row_warp, shared, inverses, ring, sums);
+    if constexpr (LEAST < MOST) {
+        constexpr int MIDDLE = (LEAST + MOST) / 16 * 8;
+        if (count <= MIDDLE)
+            multiply_few<LEAST, MIDDLE>(count, steps, row_warp, shared, inverses, ring, sums);
+        else
+            multiply_few<MIDDLE + 8, MOST>(count, steps, row_warp, shared, inverses, ring, sums);
+    } else {
+        multiply<MOST>(steps, row_warp, 0, shared, inverses, ring, sums);
+    }
 }
 
 // Sends every group of tokens to the part that finishes it; returns the whole sums of this part's share.
@@ -403,11 +406,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
             const Address activations = shared_address(shared.activations);
             produce(arguments, split, empty, [&](u32 slot, int, const TokenTile& tokens, int stage) {
                 const Address barrier = full + slot * BARRIER_BYTES;
-                barrier_expect(barrier, STAGE_BOXES * BOX_BYTES);
+                const int boxes = GROUPED ? (tokens.end - tokens.first + BOX_TOKENS - 1) / BOX_TOKENS : 1;
+                barrier_expect(barrier, STAGE_SLICES * BOX_TOKENS * 128 * boxes);
 #pragma unroll
-                for (int i = 0; i < STAGE_BOXES; i++)
-                    copy_box(activations + (slot * STAGE_BOXES + i) * BOX_BYTES, arguments.activations,
-                             (stage * STAGE_BOXES + i) * BOX_CHUNKS * 64, tokens.first, barrier);
+                for (int i = 0; i < STAGE_SLICES; i++)
+#pragma unroll 1
+                    for (int box = 0; box < boxes; box++)
+                        copy_box(activations + (slot * STAGE_SLICES + i) * SLICE_BYTES + box * BOX_TOKENS * 128,
+                                 arguments.activations, (stage * STAGE_SLICES + i) * SLICE_CHUNKS * 64,
+                                 tokens.first + box * BOX_TOKENS, barrier);
             });
         }
     } else {
@@ -427,7 +434,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
             for (int i = 0; i < 2 * STRIPS; i++)
                 inverses[i / 2][i % 2] = inverse_of(row_amax(tile, row_of(row_warp, i / 2), i % 2));
 #endif
-            multiply_few(tile.tokens.end - tile.tokens.first, work.end, row_warp, shared, inverses, ring, sums);
+            const int count = __shfl_sync(~0u, tile.tokens.end - tile.tokens.first, 0);  // so the compiler knows it is one
+            multiply_few<NARROWEST, TOKENS>(count, work.end, row_warp, shared, inverses, ring, sums);
 #pragma unroll
             for (int strip = 0; strip < STRIPS; strip++) {
                 const int row = row_of(row_warp, strip);

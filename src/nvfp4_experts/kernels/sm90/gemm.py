@@ -137,7 +137,7 @@ def run_half(
             to 16 bytes.
         packed: `rows` packed weight rows of K columns; with groups of each expert, one after the other.
         weight_scales: (2,) fp32 of gate and up, or (1,) of down; with groups (E, 2) or (E, 1).
-        out: (T, rows / 2) or (T, rows), aligned to 4 bytes; with groups, a row for each of theirs.
+        out: (T, rows / 2) or (T, rows), rows of any stride, aligned to 4 bytes; with groups, a row for each of theirs.
         limit: L of the clamp, for gate_up; infinity is off.
         token_scales: (), (T,) or (E,) fp32, the activations' scale; None is 1.
         hidden_scale: () or (E,) fp32: h is quantised to NVFP4 values with it; None leaves it as `out.dtype` holds it.
@@ -150,10 +150,11 @@ def run_half(
     kernel = gemm_kernel(config, gate_up, out_kind, values.device, groups is not None)
     chunks = -(-columns // COLUMNS)
     tiles = packed.numel() // (chunks * CHUNK_BYTES)
+    box_tokens = _box_tokens(config, groups is not None)
     arguments = struct.pack(
-        "<128s128s4Q4if",
+        "<128s128s4Q5if",
         _weight_map(packed.data_ptr(), tiles, chunks, config.rows // ROWS, config.stage_chunks),
-        _activation_map(values.data_ptr(), tokens, columns, config.tokens, values.dtype.itemsize),
+        _activation_map(values.data_ptr(), tokens, columns, box_tokens, values.dtype.itemsize),
         weight_scales.data_ptr(),
         _address(token_scales),
         _address(hidden_scale),
@@ -162,6 +163,7 @@ def run_half(
         tokens,
         rows,
         chunks,
+        out.stride(0),
         limit,
     )
     multiprocessors = target_of(values.device).multiprocessors or 1
@@ -169,11 +171,11 @@ def run_half(
         blocks = -(-rows // config.rows) * -(-tokens // config.tokens)
         if config.parts == 1:
             blocks = min(blocks, multiprocessors)
-        arguments += bytes(12)
+        arguments += bytes(8)
     else:
         blocks = multiprocessors
         more = groups.tiles, groups.counts, groups.weights, row_amax
-        arguments += struct.pack("<4x4Q40x", *map(_address, more))
+        arguments += struct.pack("<4Q40x", *map(_address, more))
     shape = blocks * config.split, config.threads, config.shared_bytes
     launch_structure(kernel, *shape, arguments, values.device, cluster=config.split)
 
@@ -239,6 +241,7 @@ def macros_of(config: GemmConfig, gate_up: bool, out: int = BF16, grouped: bool 
         ("STRIPS", config.strips),
         ("COLUMN_GROUPS", config.column_groups),
         ("TOKENS", config.tokens),
+        ("BOX_TOKENS", _box_tokens(config, grouped)),
         ("SPLIT", config.split),
         ("STAGES", config.stages),
         ("REGISTERS", config.registers),
@@ -247,6 +250,11 @@ def macros_of(config: GemmConfig, gate_up: bool, out: int = BF16, grouped: bool 
         ("GROUPED", int(grouped)),
         ("FP8", int(config.fp8)),
     )
+
+
+def _box_tokens(config: GemmConfig, grouped: bool) -> int:
+    """Rows of activations that are copied at a time: a tile of few rows does without the rest."""
+    return config.tokens // 4 if grouped else config.tokens
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Slots of routed experts by expert. A slot is one of the top_k choices of a token; rows are slots, expert
-// by expert; a tile is `tile_rows` rows of one expert at most. In which order an expert's rows lie is left to chance: they
-// do not know of each other. Every block counts all slots and places those of its experts: nobody waits for another.
+// Slots of routed experts by expert. A slot is one of the top_k choices of a token; rows are slots, expert by expert; a
+// tile is `tile_rows` rows of one expert at most, and an expert's tiles are as long as one another, to the next 8 (the step
+// of wgmma's widths). In which order an expert's rows lie is left to chance: they do not know of each other. Every block
+// counts all slots and places those of its experts: nobody waits for another.
 //
 // Floor: latency, of the indices asked for twice and a scan over the experts.
 // Compiled with -D: INDEX (0 int32, 1 int64).
@@ -76,13 +77,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     int2 before = {0, 0};
     for (int first = 0; first < experts; first += THREADS) {
         const int expert = first + threadIdx.x, count = expert < experts ? next_row[expert] : 0;
-        const int blocks = (count + tile_rows - 1) / tile_rows;
+        const int blocks = (count + tile_rows - 1) / tile_rows, even = (count + 8 * blocks - 1) / max(8 * blocks, 1) * 8;
         int2 all;
         const int2 sums = sum_up_to(make_int2(count, blocks), all);
         const int row = before.x + sums.x - count, tile = before.y + sums.y - blocks;
         const bool is_mine = expert % gridDim.x == blockIdx.x;
         for (int i = 0; i < blocks && is_mine; i++)
-            tiles[tile + i] = make_int4(expert, row + i * tile_rows, min(row + count, row + (i + 1) * tile_rows), 0);
+            tiles[tile + i] = make_int4(expert, row + i * even, min(row + count, row + (i + 1) * even), 0);
         if (expert < experts) {
             next_row[expert] = row;
             if (amax && is_mine) amax[expert] = 0;

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of GPUs that reach each other (NVLink), which every rank reads in place; and sums through it.
+
+    part     this rank's part, fp32              the layer computes straight into it
+    share    this rank's R-th of the sum         for the others to fetch
+
+A sum waits twice for the other ranks, on the device: until all parts are there, and until nobody reads them any more.
+What is added, and in which order, is as with `collectives.sum_in_rank_order`, so are the bits; but numbers move as an
+addition reads them, and no communication kernel waits for room beside one that fills the GPU.
+
+torch's symmetric memory (torch.distributed._symmetric_memory) is used from here alone.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .collectives import FEW_BYTES, add_in_order, padded
+
+_known: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Peers | None]] = WeakKeyDictionary()
+
+
+class Peers:
+    """What one rank sees of all ranks' memory. Get it from `peers_of`; every rank makes the same calls, in one order.
+
+    Sums of one group are for one stream at a time: they share `part` and `share`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self._group, self._device = group, device
+        self._parts: list[Tensor] = []
+        self._shares: list[Tensor] = []
+        self._handles: list[Any] = []  # all are kept: graphs have the addresses of memory that was outgrown
+
+    def reserve(self, values: int) -> None:
+        """Have room for sums of so many values. A collective, on the host.
+
+        Cost: 4 bytes a value, and 4 / R for this rank's share.
+        """
+        if self._parts and len(self._parts[0]) >= values:
+            return
+        values = padded(values, self.ranks)
+        views = self.shared(values + values // self.ranks)
+        self._parts, self._shares = [view[:values] for view in views], [view[values:] for view in views]
+
+    def shared(self, values: int) -> list[Tensor]:
+        """(values,) fp32 of new memory on every rank, in rank order, as this rank sees it. A collective."""
+        import torch.distributed._symmetric_memory as symmetric
+
+        mine = symmetric.empty(values, dtype=torch.float32, device=self._device)
+        self._handles.append(symmetric.rendezvous(mine, self._group))
+        return [self._handles[-1].get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.ranks)]
+
+    def part(self, values: int) -> Tensor:
+        """(values,) fp32: where this rank's part of the next sum goes."""
+        return self._parts[self.rank][:values]
+
+    def rows(self, rank: int, count: int, like: Tensor) -> Tensor:
+        """(count, H) of the dtype of `like`, (.., H): where `share` is, for rows that a rank has in whole."""
+        columns = like.shape[-1]
+        return self._shares[rank].view(like.dtype)[: count * columns].view(count, columns)
+
+    def wait(self, channel: int = 0) -> None:
+        """Until every rank's stream is here; waits of one channel must come one after the other."""
+        self._handles[-1].barrier(channel=channel)
+
+    def sum(self, y: Tensor) -> None:
+        """y = ((part of rank 0 + part of rank 1) + ...), on every rank.
+
+        Args:
+            y: n values in any shape, contiguous; the sum is rounded once, to its dtype.
+
+        Cost: where the parts of the others are FEW_BYTES or less, every rank reads all of them, 4 (R-1) n bytes. Else
+            its R-th of each, and then the others' shares of the sum, (4 + y.itemsize) n (R-1) / R bytes. No wait by
+            the host: a CUDA graph can capture it.
+        """
+        flat = y.view(-1)
+        n = flat.numel()
+        self.wait()
+        if 4 * (self.ranks - 1) * n <= FEW_BYTES:
+            add_in_order([part[:n] for part in self._parts], flat)
+            self.wait()
+            return
+        step = padded(n, self.ranks) // self.ranks
+        ends = [(min(n, rank * step), min(n, (rank + 1) * step)) for rank in range(self.ranks)]
+        shares = [share.view(y.dtype)[: end - begin] for share, (begin, end) in zip(self._shares, ends, strict=True)]
+        begin, end = ends[self.rank]
+        add_in_order([part[begin:end] for part in self._parts], shares[self.rank])
+        self.wait()
+        for share, (begin, end) in zip(shares, ends, strict=True):
+            flat[begin:end].copy_(share)
+
+
+def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
+    """The group's `Peers`, one for all its layers on a device; None, on every rank, where they do not reach each other.
+
+    A collective, on the host.
+    """
+    known = _known.setdefault(group, {})
+    if device not in known:
+        facts = _gathered({"host": socket.gethostname(), "gpu": _uuid(device)}, group)
+        reach = all(_gathered(_reaches(device, facts), group))
+        known[device] = Peers(group, device) if reach and len(facts) > 1 else None
+    return known[device]
+
+
+def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group)
+    return everyone
+
+
+def _uuid(device: torch.device) -> str | None:
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def _reaches(device: torch.device, facts: Sequence[dict[str, str | None]]) -> bool:
+    """Whether this process can map the memory of all GPUs that are named."""
+    if device.type != "cuda" or len({fact["host"] for fact in facts}) > 1:
+        return False
+    visible = {_uuid(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
+    others = {fact["gpu"] for fact in facts} - {_uuid(device)}
+    return all(gpu in visible and torch.cuda.can_device_access_peer(device, visible[gpu]) for gpu in others)
