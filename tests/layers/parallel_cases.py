@@ -124,6 +124,7 @@ class FilePeers(Peers):
 
 def memory_that_all_ranks_reach_gives_the_same_sums(world: World) -> None:
     for ranks, group in world.each_group(2, 3, 4):
+        world.check(peers_module.peers_of(group, torch.device("cpu")) is None, "nobody reaches a CPU")
         peers = FilePeers(group, torch.device("cpu"))
         peers.reserve(5)
         peers.reserve(1000)
@@ -160,11 +161,6 @@ def memory_that_all_ranks_reach_gives_the_same_sums(world: World) -> None:
                     for rows in (x, x[:3].bfloat16(), x[:0]):
                         given = [t[: len(rows)] for t in inputs]
                         same(world, layer(rows, *given), wants(rows, *given), (ranks, few, rows.dtype, list(parts_of)))
-
-
-def nobody_reaches_a_cpu(world: World) -> None:
-    for _, group in world.each_group(2):
-        world.check(peers_module.peers_of(group, torch.device("cpu")) is None, "peers")
 
 
 def shards_of_a_shared_expert_add_up(world: World) -> None:
@@ -482,7 +478,6 @@ CASES = {
     for case in (
         sums_are_in_rank_order_in_one_step_or_two,
         memory_that_all_ranks_reach_gives_the_same_sums,
-        nobody_reaches_a_cpu,
         shards_of_a_shared_expert_add_up,
         shards_that_measure_their_own_channels_are_as_near_to_exact_math,
         where_sums_are_exact_a_sharded_expert_is_the_whole_one,

@@ -63,6 +63,24 @@ def target_of(device: torch.device | str) -> Target:
     return _target(device.type, device.index)
 
 
+def current_device() -> torch.device:
+    """The CUDA device that torch launches on, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def identity_of(device: torch.device) -> str | None:
+    """What tells a GPU from all others, in every process; None of another device."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def identities_in_reach(device: torch.device) -> set[str | None]:
+    """Of the GPUs whose memory this process can map beside that of a device, which is one of them."""
+    if device.type != "cuda":
+        return set()
+    others = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return {identity_of(o) for o in others if o == device or torch.cuda.can_device_access_peer(device, o)}
+
+
 def cpu_threads() -> int:
     """Threads a CPU kernel may use: torch's number, and no more than the processors this process may run on."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

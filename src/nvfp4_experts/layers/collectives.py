@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError, LayoutError
+from ..kernels.target import current_device
 
 # A link of 300 GB/s carries this in the 14 µs that one more collective takes to start.
 FEW_BYTES = 4 << 20
@@ -59,6 +60,12 @@ def agree(group: dist.ProcessGroup, mine: dict[str, Any], own: Sequence[str] = (
         if any(fact != said[0] for fact in said):
             raise LayoutError(name, "must be the same on every rank", said, "build all ranks' layers alike")
     return facts
+
+
+def device_of(module: nn.Module | None) -> torch.device:
+    """Where a module's buffers are; of none, where torch launches."""
+    buffers = iter(()) if module is None else module.buffers()
+    return next((tensor.device for tensor in buffers), current_device())
 
 
 def gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError
 from .checks import DTYPES, check_hidden_states, check_out, check_routing, checked_choice
-from .collectives import agree, checked_group, exchange, gather
+from .collectives import agree, checked_group, device_of, exchange, gather
 from .packed import NoBackward
 from .routed_experts import Nvfp4RoutedExperts
 from .shards import facts_of
@@ -56,6 +56,8 @@ class DispatchedOverRanks(nn.Module):
         ranks * max_tokens * top_k rows, since all tokens may go to one rank. Inference only.
     """
 
+    _bounds: Tensor
+
     def __init__(
         self,
         local: Nvfp4RoutedExperts | None,
@@ -73,8 +75,10 @@ class DispatchedOverRanks(nn.Module):
             raise InputError("local", "must have experts on some rank", "none", "give each rank its share")
         self.hidden_size, self.top_k, self.max_tokens = share["hidden_size"], share["top_k"], share["max_tokens"]
         self._dynamic = (share["activations"], share["activation_scale"]) == ("nvfp4", "dynamic")
-        self._ends = list(accumulate(rank["experts"] for rank in said))
-        self.num_experts = self._ends[-1]
+        bounds = list(accumulate((rank["experts"] for rank in said), initial=0))
+        self.num_experts = bounds[-1]
+        # Where each rank's experts begin, and behind the last; copied here, since in a call a copy would be a wait.
+        self.register_buffer("_bounds", torch.tensor(bounds, device=device_of(local)), persistent=False)
         rows = self.ranks * self.max_tokens
         slots = (rows * self.top_k, 1) if combine == "slots" else (rows, self.top_k)
         # A layer of shared weights, made for all that can come to one rank; with "dynamic" one row more.
@@ -111,11 +115,10 @@ class DispatchedOverRanks(nn.Module):
         rows = x.reshape(-1, self.hidden_size)
         (tokens, top_k), device = (len(rows), indices.shape[-1]), x.device
         indices, weights = indices.reshape(-1, top_k).long(), weights.reshape(-1, top_k).float()
-        ends = torch.tensor(self._ends, device=device)
-        firsts = torch.tensor([0, *self._ends[:-1]], device=device)
-        here = (indices[..., None] >= firsts) & (
-            indices[..., None] < ends
-        )  # (T, k, R): the slot's expert is on the rank
+        bounds = self._bounds.to(device)
+        firsts, ends = bounds[:-1], bounds[1:]
+        # (T, k, R): the slot's expert is on the rank
+        here = (indices[..., None] >= firsts) & (indices[..., None] < ends)
         wanted = here.any(1)  # (T, R): the rank gets the token's row
 
         row_counts, slot_counts = self._counts(wanted.sum(0), here.sum((0, 1)), top_k, x.dtype)
@@ -146,8 +149,8 @@ class DispatchedOverRanks(nn.Module):
         self, rows: Tensor, slots: Tensor, top_k: int, dtype: torch.dtype
     ) -> tuple[list[list[int]], list[list[int]]]:
         """How many rows and slots each rank has for each rank, on the host: [from][to]."""
-        kind = torch.tensor([top_k, DTYPES.index(dtype)], device=rows.device)
-        said = gather(torch.cat((rows, slots, kind)), self.group).tolist()
+        kind = rows.new_full((1,), top_k), rows.new_full((1,), DTYPES.index(dtype))
+        said = gather(torch.cat((rows, slots, *kind)), self.group).tolist()
         kinds = [(one[-2], str(DTYPES[one[-1]])) for one in said]
         if len(set(kinds)) > 1:
             raise InputError(

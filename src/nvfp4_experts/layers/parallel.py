@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..errors import InputError, LayoutError
 from .checks import check_hidden_states, check_out, check_routing, checked_choice, checked_count
-from .collectives import agree, checked_group, padded, sum_in_rank_order
+from .collectives import agree, checked_group, device_of, padded, sum_in_rank_order
 from .dispatched import DispatchedOverRanks
 from .kept_expert import KeptSharedExpert
 from .moe import Nvfp4MoE
@@ -109,7 +109,7 @@ class SummedOverRanks(nn.Module):
         )
         self._peers: Peers | None = None
         if direct and chunk_tokens is None and self.ranks > 1:
-            self._peers = peers_of(self.group, self._device())
+            self._peers = peers_of(self.group, device_of(self))
         self._spread: Spread | None = None
         if self._peers is not None:
             self._peers.reserve(padded(self.max_tokens, self.ranks) * self.hidden_size)
@@ -189,12 +189,6 @@ class SummedOverRanks(nn.Module):
         flat = torch.empty(padded(x.numel(), self.ranks), device=x.device)
         self._part(x, inputs, flat[: x.numel()].view(x.shape))
         yield from sum_in_rank_order(flat, y, self.group)
-
-    def _device(self) -> torch.device:
-        """Where this rank's part is; without one, where it would be."""
-        for tensor in self.buffers():
-            return tensor.device
-        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
     def _part(self, x: Tensor, inputs: list[Tensor], out: Tensor) -> Tensor:
         if self.routed is not None:

@@ -14,7 +14,6 @@ torch's symmetric memory (torch.distributed._symmetric_memory) is used from here
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UnsupportedError
+from ..kernels.target import identities_in_reach, identity_of
 from .collectives import FEW_BYTES, add_in_order, padded
 
 _known: WeakKeyDictionary[dist.ProcessGroup, dict[torch.device, Peers | None]] = WeakKeyDictionary()
@@ -52,11 +53,20 @@ class Peers:
         self._parts, self._shares = [view[:values] for view in views], [view[values:] for view in views]
 
     def shared(self, values: int) -> list[Tensor]:
-        """(values,) fp32 of new memory on every rank, in rank order, as this rank sees it. A collective."""
+        """(values,) fp32 of new memory on every rank, in rank order, as this rank sees it. A collective.
+
+        Raises:
+            UnsupportedError: GPUs that should reach each other do not, as in a container that shares no handles.
+        """
         import torch.distributed._symmetric_memory as symmetric
 
         mine = symmetric.empty(values, dtype=torch.float32, device=self._device)
-        self._handles.append(symmetric.rendezvous(mine, self._group))
+        try:
+            self._handles.append(symmetric.rendezvous(mine, self._group))
+        except RuntimeError as refusal:
+            got = str(refusal).partition("\n")[0]
+            rule, way_out = "must be mapped by the other ranks", "build layers over ranks with direct=False"
+            raise UnsupportedError("memory of this rank's GPU", rule, got, way_out) from refusal
         return [self._handles[-1].get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.ranks)]
 
     def part(self, values: int) -> Tensor:
@@ -106,9 +116,10 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     """
     known = _known.setdefault(group, {})
     if device not in known:
-        facts = _gathered({"host": socket.gethostname(), "gpu": _uuid(device)}, group)
-        reach = all(_gathered(_reaches(device, facts), group))
-        known[device] = Peers(group, device) if reach and len(facts) > 1 else None
+        facts = _gathered((socket.gethostname(), identity_of(device)), group)
+        hosts, gpus = {host for host, _ in facts}, {gpu for _, gpu in facts}
+        reaches = _gathered(len(hosts) == 1 and gpus <= identities_in_reach(device), group)
+        known[device] = Peers(group, device) if all(reaches) and len(facts) > 1 else None
     return known[device]
 
 
@@ -116,16 +127,3 @@ def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group)
     return everyone
-
-
-def _uuid(device: torch.device) -> str | None:
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-
-
-def _reaches(device: torch.device, facts: Sequence[dict[str, str | None]]) -> bool:
-    """Whether this process can map the memory of all GPUs that are named."""
-    if device.type != "cuda" or len({fact["host"] for fact in facts}) > 1:
-        return False
-    visible = {_uuid(torch.device("cuda", i)): i for i in range(torch.cuda.device_count())}
-    others = {fact["gpu"] for fact in facts} - {_uuid(device)}
-    return all(gpu in visible and torch.cuda.can_device_access_peer(device, visible[gpu]) for gpu in others)

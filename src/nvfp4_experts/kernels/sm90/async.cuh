@@ -114,15 +114,6 @@ __device__ __forceinline__ void copy_to_shared(Address to, const void* from, u32
                  : "memory");
 }
 
-// To global memory, by the thread that waits for it below.
-__device__ __forceinline__ void copy_from_shared(void* to, Address from, u32 bytes) {
-    asm volatile(
-        "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\ncp.async.bulk.commit_group;" ::"l"(to), "r"(from), "r"(bytes)
-        : "memory");
-}
-__device__ __forceinline__ void copies_have_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void copies_have_ended() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 __device__ __forceinline__ void copy_box(Address to, const TensorMap& map, int x, int y, int z, Address barrier) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),

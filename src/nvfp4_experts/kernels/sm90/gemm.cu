@@ -26,9 +26,9 @@
 // instructions for 16 rows x 64 columns, 45 of them (FP8: 38) on the pipe that takes one every other cycle, whatever TOKENS
 // is; and the second-level cache, which every block asks for its activations: STRIPS.
 //
-// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, STRIPS, COLUMN_GROUPS, TOKENS, BOX_TOKENS (copied at a time;
-//   without GROUPED all of them), SPLIT, STAGES, REGISTERS (of a consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values
-//   as bf16, quantised with a static scale.
+// Compiled with -D: GATE_UP (else DOWN), ROW_GROUPS, STRIPS, COLUMN_GROUPS, TOKENS, BOX_TOKENS (copied at a time; without
+//   GROUPED all of them), SPLIT, STAGES, REGISTERS (of a consumer thread), SHARED_BYTES (of the launch), GROUPED, FP8 and
+//   OUT: 0 bf16, 1 fp16, 2 fp32, 3 (GATE_UP) NVFP4 values as bf16, quantised with a static scale.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -44,14 +44,15 @@
 constexpr int WARPGROUPS = ROW_GROUPS * COLUMN_GROUPS, CONSUMERS = 4 * WARPGROUPS, THREADS = 128 * (WARPGROUPS + 1);
 constexpr int ROWS = 64 * STRIPS * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS = SPLIT * COLUMN_GROUPS;
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;  // of 64 columns; of 8 tokens
-constexpr int WEIGHT_BYTES = ROWS / 16 * CHUNK_BYTES;                   // of a chunk
-constexpr int SLICE_CHUNKS = FP8 ? 2 : 1, SLICE_BYTES = TOKENS * 128;     // of activations: rows of 128 bytes
+constexpr int WEIGHT_BYTES = ROWS / 16 * CHUNK_BYTES;                  // of a chunk
+constexpr int SLICE_CHUNKS = FP8 ? 2 : 1, SLICE_BYTES = TOKENS * 128;  // of activations: rows of 128 bytes
 constexpr int STAGE_SLICES = STAGE_CHUNKS / SLICE_CHUNKS, STEPS = FP8 ? 2 : 4;  // STEPS: wgmmas of a chunk, 32 bytes each
-constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : SLICE_BYTES;               // bytes from a chunk of activations to the next
+constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : SLICE_BYTES;  // bytes from a chunk of activations to the next
+constexpr int NARROWEST = TOKENS < 128 ? 8 : 64;            // of wgmmas with GROUPED
+constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;         // that a part finishes, at most
 static_assert(!FP8 || GROUPED, "row_amax comes with the list of tiles");
 static_assert(STRIPS == 1 || PARTS == 1, "sums of parts are of one strip");
-constexpr int NARROWEST = TOKENS < 128 ? 8 : 64;  // GROUPED: wgmma
-constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;                                // that a part finishes, at most
+static_assert(BOX_TOKENS % 8 == 0, "the swizzle's period is 8 rows");
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
 __device__ constexpr int part_of(int group) {
     int part = 0;
@@ -233,7 +234,7 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
             multiply_chunk<N>(reinterpret_cast<float (&)[N / 2]>(sums[strip]), a[u % 2], b + chunk * NEXT_CHUNK / 16);
             if (u == 0 && i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);  // it may be filled again
         }
-        if (GROUPED) mma_wait<0>();  // the compiler gives operands in flight here other registers for each width
+        if (GROUPED) mma_wait<0>();  // operands in flight from here to the next stage would have registers for each width
         before = ring.slot;
         ring.next();
     }
@@ -242,7 +243,7 @@ __device__ __forceinline__ void multiply(int steps, int row_warp, int column_gro
 #pragma unroll
     for (int strip = 0; strip < STRIPS; strip++)
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) asm volatile("" : "+f"(sums[strip][i])::"memory");
+        for (int i = 0; i < TOKENS / 2; i++) asm volatile("" : "+f"(sums[strip][i])::"memory");
 }
 
 // By the narrowest of LEAST, LEAST + 8, .. MOST that holds `count` tokens.

@@ -2,8 +2,7 @@
 """Routed experts on Hopper, any number of tokens: gemm.cu over rows that lie expert by expert.
 
     group.cu          slots -> rows, expert by expert; tiles of rows
-    copy_rows.cu      x -> a row for each slot, bf16
-    enter_rows.cu     in its place, x -> NVFP4 values and their scale     (fp8: fp8.cu, e4m3 and a scale)
+    enter_rows.cu     x -> a row for each slot: bf16, or NVFP4 values and their scale    (fp8: fp8.cu, e4m3 and a scale)
     gemm.cu           rows @ W1.T, rows @ W3.T, clamp, SwiGLU, routing weight -> h     (static: quantised there)
     enter_rows.cu     nvfp4 dynamic and per_token: h, fp32, to values and scale          (fp8: fp8.cu, h in bf16)
     gemm.cu           h @ W2.T -> fp32 rows
@@ -26,7 +25,6 @@ from torch import Tensor
 from ...layouts.fragments import COLUMNS
 from ..cuda.workspace import Part, carve
 from ..dispatch import Call, Routing
-from ..target import target_of
 from . import fp8
 from .compile import compile_all, launch_kernel, load_kernel
 from .config import GemmConfig
@@ -48,7 +46,6 @@ from .gemm import (
 )
 
 _GROUP_THREADS, _COMBINE_THREADS = 1024, 256  # THREADS of group.cu and combine.cu
-_COPY_THREADS, _COPY_BYTES = 96, 96 * (2048 + 8)  # THREADS and Shared of copy_rows.cu
 _FEW_SLOTS, _GROUP_BLOCKS = 1024, 16  # group.cu: up to how many slots by one block; else by how many
 # Up to how many slots an expert has on average a configuration runs; one part each.
 _CONFIGS = ((8, GemmConfig(4, 1, 32, 1)), (32, GemmConfig(4, 1, 64, 1)), (None, GemmConfig(2, 1, 128, 1, strips=2)))
@@ -172,10 +169,7 @@ def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.
         if mode == "fp8":
             fp8.prepare_rows(device)
             continue
-        if mode == "bf16":
-            _copy_kernel(device)
-        else:
-            _enter_kernel("enter_rows", _OF_X[mode], torch.bfloat16, device)
+        _enter_kernel("enter_rows", _OF_X[mode], torch.bfloat16, device)
         if mode in _OF_H:
             _enter_kernel("enter_rows", _OF_H[mode], torch.float32, device)
         if mode == "dynamic":
@@ -212,12 +206,6 @@ def _enter(
         fp8.enter_rows(x, made["counts"][1:], gather, values, made["scale"])
         return made["scale"]
     of = (_OF_H if gather is None else _OF_X)[mode]
-    if of == _NONE and x.dtype == torch.bfloat16:
-        row_bytes = np.int32(x.shape[1] * x.itemsize)
-        places = made["counts"], gather, values
-        blocks = target_of(x.device).multiprocessors or 1
-        launch_kernel(_copy_kernel(x.device), (blocks,), _COPY_THREADS, x, row_bytes, *places, shared_bytes=_COPY_BYTES)
-        return None
     counts, expert_of_row, columns = made["counts"], made["expert_of_row"], np.int32(x.shape[1])
     rows = len(expert_of_row)
     amax = made.get("partials" if of == _OF_ALL else "amax")
@@ -249,10 +237,6 @@ def _group_kernel(indices: torch.dtype, experts: int, device: torch.device) -> A
 
 def _enter_kernel(name: str, of: int, dtype: torch.dtype, device: torch.device) -> Any:
     return load_kernel(name, "enter_rows.cu", (("SCALE", of), ("ELEMENT", OUT[dtype])), device)
-
-
-def _copy_kernel(device: torch.device) -> Any:
-    return load_kernel("copy_rows", "copy_rows.cu", (), device, _COPY_BYTES)
 
 
 def _combine_kernel(out: torch.dtype, device: torch.device) -> Any:
