@@ -111,15 +111,15 @@ class FilePeers(Peers):
 
     def shared(self, values: int) -> list[Tensor]:
         folder = [tempfile.mkdtemp() if self.rank == 0 else ""]
-        dist.broadcast_object_list(folder, group_src=0, group=self._group)
+        dist.broadcast_object_list(folder, group_src=0, group=self._group())
         paths = [f"{folder[0]}/{rank}" for rank in range(self.ranks)]
         views = [torch.from_file(path, shared=True, size=values) for path in paths]
         views[self.rank].fill_(torch.nan)
-        dist.barrier(self._group)
+        dist.barrier(self._group())
         return views
 
     def wait(self, channel: int = 0) -> None:
-        dist.barrier(self._group)
+        dist.barrier(self._group())
 
 
 def memory_that_all_ranks_reach_gives_the_same_sums(world: World) -> None:

@@ -60,14 +60,16 @@ class SummedOverRanks(nn.Module):
             them travel; None: all at once. Not with activation_scale="dynamic", whose scale is the batch's. It can
             pay where computing leaves room on the device for what travels; routed experts' weights are read again for
             every chunk (docs/parallel.md).
-        direct: let GPUs that reach each other's memory read parts there (peers.py), where parts are not chunked;
-            False: torch.distributed's collectives. The same bits.
+        direct: let GPUs that reach each other's memory read parts there (peers.py), where parts are not chunked, and
+            spread many tokens of a lone shared expert (spread.py); False: torch.distributed's collectives.
 
     Raises:
         InputError: no group, no part on any rank, or chunk_tokens below 1.
         LayoutError: ranks whose layers differ in more than their part.
+        UnsupportedError: GPUs that should reach each other's memory do not; direct=False does without.
 
-    Numerics: the same bits on every rank and with every backend of torch.distributed. Against the layer in one piece:
+    Numerics: the same bits on every rank, and sums have the same with every backend of torch.distributed and with
+        `direct`; spread tokens have those of the whole layer. Else, against the layer in one piece:
         with bf16 activations and static scales the same operands enter every GEMM, and the order of fp32 sums differs.
         Where a scale is measured on h (dynamic, per_token, fp8) a shard measures its own channels: the layer is then
         the sum of the shards, each an expert in its own right. Shares measure what the whole does.

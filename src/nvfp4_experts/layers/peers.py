@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import socket
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,7 @@ class Peers:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self._group, self._device = group, device
+        self._group, self._device = ref(group), device  # who keeps this by its group must not keep the group by this
         self._parts: list[Tensor] = []
         self._shares: list[Tensor] = []
         self._handles: list[Any] = []  # all are kept: graphs have the addresses of memory that was outgrown
@@ -60,9 +60,11 @@ class Peers:
         """
         import torch.distributed._symmetric_memory as symmetric
 
+        group = self._group()
+        assert group is not None, "layers that ask hold it"
         mine = symmetric.empty(values, dtype=torch.float32, device=self._device)
         try:
-            self._handles.append(symmetric.rendezvous(mine, self._group))
+            self._handles.append(symmetric.rendezvous(mine, group))
         except RuntimeError as refusal:
             got = str(refusal).partition("\n")[0]
             rule, way_out = "must be mapped by the other ranks", "build layers over ranks with direct=False"
