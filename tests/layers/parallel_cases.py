@@ -6,7 +6,6 @@ Every rank knows everything (weights, the tokens of all), so each compares its o
 
 from __future__ import annotations
 
-import tempfile
 from typing import Any
 
 import pytest
@@ -18,11 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from nvfp4_experts import KeptSharedExpert, Nvfp4MoE, Nvfp4RoutedExperts, Nvfp4SharedExpert
 from nvfp4_experts.errors import InputError, LayoutError, UnsupportedError
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, quantize
-from nvfp4_experts.layers import collectives, parallel
-from nvfp4_experts.layers import peers as peers_module
+from nvfp4_experts.layers import collectives
 from nvfp4_experts.layers.dispatched import DispatchedOverRanks
 from nvfp4_experts.layers.parallel import SummedOverRanks, parallelize
-from nvfp4_experts.layers.peers import Peers
 from nvfp4_experts.layers.routing import Router
 from nvfp4_experts.layers.shards import experts_of, shard_of, share_of
 from tests.layers.ranks import World
@@ -104,63 +101,6 @@ def sums_are_in_rank_order_in_one_step_or_two(world: World) -> None:
                         steps = list(collectives.sum_in_rank_order(part, y, group))
                     same(world, y, want.to(dtype), (ranks, n, few, dtype))
                     world.check(len(steps) == (1 if few else 2), f"{len(steps)} steps")
-
-
-class FilePeers(Peers):
-    """Ranks that reach each other's memory on a CPU: memory is files, and waiting is a barrier."""
-
-    def shared(self, values: int) -> list[Tensor]:
-        folder = [tempfile.mkdtemp() if self.rank == 0 else ""]
-        dist.broadcast_object_list(folder, group_src=0, group=self._group())
-        paths = [f"{folder[0]}/{rank}" for rank in range(self.ranks)]
-        views = [torch.from_file(path, shared=True, size=values) for path in paths]
-        views[self.rank].fill_(torch.nan)
-        dist.barrier(self._group())
-        return views
-
-    def wait(self, channel: int = 0) -> None:
-        dist.barrier(self._group())
-
-
-def memory_that_all_ranks_reach_gives_the_same_sums(world: World) -> None:
-    for ranks, group in world.each_group(2, 3, 4):
-        world.check(peers_module.peers_of(group, torch.device("cpu")) is None, "nobody reaches a CPU")
-        peers = FilePeers(group, torch.device("cpu"))
-        peers.reserve(5)
-        peers.reserve(1000)
-        peers.reserve(7)
-        for n in (1, 5, 48, 1000):
-            parts = [draw(rank, n) * 10.0 ** (3 * (rank % 2)) for rank in range(ranks)]
-            for few in (0, peers_module.FEW_BYTES):
-                for dtype in (torch.float32, torch.bfloat16):
-                    y = torch.empty(n, dtype=dtype)
-                    with pytest.MonkeyPatch.context() as patch:
-                        patch.setattr(peers_module, "FEW_BYTES", few)
-                        peers.part(n).copy_(parts[world.rank])
-                        peers.sum(y)
-                    same(world, y, in_rank_order(parts).to(dtype), (ranks, n, few, dtype))
-        x, indices, weights = routing(19)
-        whole, lone = routed_experts(MODES[0]), shared_expert(MODES[0], 272)
-        first = experts_of(world.rank, ranks, E).start
-        routed: dict[str, Any] = {"routed": share_of(whole, world.rank, ranks), "first_expert": first}
-        shared: dict[str, Any] = {"shared": shard_of(lone, world.rank, ranks)}
-        for parts_of, inputs in ((routed, (indices, weights)), (shared, ()), (routed | shared, (indices, weights))):
-            wants = SummedOverRanks(group, **parts_of)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(parallel, "peers_of", FilePeers)
-                layer = SummedOverRanks(group, **parts_of)
-                not_direct = (
-                    SummedOverRanks(group, **parts_of, direct=False),
-                    SummedOverRanks(group, **parts_of, chunk_tokens=4),
-                )
-            world.check(isinstance(layer._peers, FilePeers), "peers")
-            world.check(not any(other._peers for other in (wants, *not_direct)), "peers of those that have none")
-            for few in (0, peers_module.FEW_BYTES):
-                with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(peers_module, "FEW_BYTES", few)
-                    for rows in (x, x[:3].bfloat16(), x[:0]):
-                        given = [t[: len(rows)] for t in inputs]
-                        same(world, layer(rows, *given), wants(rows, *given), (ranks, few, rows.dtype, list(parts_of)))
 
 
 def shards_of_a_shared_expert_add_up(world: World) -> None:
@@ -477,7 +417,6 @@ CASES = {
     case.__name__: case
     for case in (
         sums_are_in_rank_order_in_one_step_or_two,
-        memory_that_all_ranks_reach_gives_the_same_sums,
         shards_of_a_shared_expert_add_up,
         shards_that_measure_their_own_channels_are_as_near_to_exact_math,
         where_sums_are_exact_a_sharded_expert_is_the_whole_one,

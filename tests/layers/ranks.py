@@ -23,8 +23,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from nvfp4_experts.diagnostics.bench.rank_process import NO_MULTICAST, transport
-
 RANKS = 4
 _PATIENCE = datetime.timedelta(seconds=30)  # for a rank that never comes
 
@@ -78,6 +76,8 @@ def _is_editable(finder: object) -> bool:
 def _rank(rank: int, ranks: int, device_type: str, module: str, scratch: Path, editable: bool) -> None:
     if not editable:
         sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_editable(finder)]
+    from nvfp4_experts.diagnostics.bench.rank_process import NO_MULTICAST, transport  # which, is known only here
+
     cases: dict[str, Case] = importlib.import_module(module).CASES
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)  # what nobody wrote is NaN: see tests/conftest.py

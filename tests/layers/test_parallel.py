@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers over several ranks: the cases of parallel_cases.py on four processes, and what one process can check."""
+"""Layers over several ranks: the cases of all_cases.py on four processes, and what one process can check."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from nvfp4_experts.errors import InputError, LayoutError
 from nvfp4_experts.layers.dispatched import DispatchedOverRanks
 from nvfp4_experts.layers.parallel import SummedOverRanks, parallelize
 from nvfp4_experts.layers.shards import channels_of, cut_channels, even_part, experts_of, shard_of, share_of
-from tests.layers.parallel_cases import CASES, MODES, E, H, I, routed_experts, routing, shared_expert
+from tests.layers.all_cases import CASES
+from tests.layers.parallel_cases import MODES, E, H, I, routed_experts, routing, shared_expert
 from tests.layers.ranks import run_cases
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    return run_cases("tests.layers.parallel_cases", tmp_path_factory.mktemp("ranks"))
+    return run_cases("tests.layers.all_cases", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)

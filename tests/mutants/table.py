@@ -28,6 +28,20 @@ MUTANTS = (
         "return mine[0]",
         "tests/layers/test_parallel.py::test_over_ranks[dispatched_slots_are_the_whole_layer_bit_for_bit]",
     ),
+    Mutant(
+        "parts in memory are added from the last one on",
+        "layers/peers.py",
+        "add_in_order([part[begin:end] for part in self._parts], shares[self.rank])",
+        "add_in_order([part[begin:end] for part in reversed(self._parts)], shares[self.rank])",
+        "tests/layers/test_parallel.py::test_over_ranks[memory_that_all_ranks_reach_gives_the_same_sums]",
+    ),
+    Mutant(
+        "a shard's columns of down begin where the first one's do",
+        "kernels/sm90/over_shards.py",
+        "begin = sum(fragment_bytes(ROWS, size) for size in self.sizes[:rank])",
+        "begin = 0",
+        "tests/kernels/test_sm90_over_shards.py::test_shards_placed_are_the_whole_layer_packed[2-256]",
+    ),
     # formats: codes
     Mutant(
         "nibbles packed the other way round",

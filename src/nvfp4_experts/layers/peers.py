@@ -14,6 +14,7 @@ torch's symmetric memory (torch.distributed._symmetric_memory) is used from here
 from __future__ import annotations
 
 import socket
+import warnings
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -120,9 +121,22 @@ def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
     if device not in known:
         facts = _gathered((socket.gethostname(), identity_of(device)), group)
         hosts, gpus = {host for host, _ in facts}, {gpu for _, gpu in facts}
-        reaches = _gathered(len(hosts) == 1 and gpus <= identities_in_reach(device), group)
-        known[device] = Peers(group, device) if all(reaches) and len(facts) > 1 else None
+        reaches = all(_gathered(len(hosts) == 1 and gpus <= identities_in_reach(device), group))
+        known[device] = _that_work(Peers(group, device), group) if reaches and len(facts) > 1 else None
     return known[device]
+
+
+def _that_work(peers: Peers, group: dist.ProcessGroup) -> Peers | None:
+    """The same, or None with a warning on every rank where some rank cannot share memory."""
+    problem = ""
+    try:
+        peers.shared(1)
+    except (ImportError, UnsupportedError) as refusal:
+        problem = str(refusal)
+    problems = [said for said in _gathered(problem, group) if said]
+    if problems:
+        warnings.warn(f"sums over these GPUs go through torch.distributed: {problems[0]}", stacklevel=4)
+    return None if problems else peers
 
 
 def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:

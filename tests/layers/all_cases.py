@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All cases that test_parallel.py runs on four processes."""
+
+from __future__ import annotations
+
+from tests.layers import parallel_cases, peers_cases
+
+CASES = {**parallel_cases.CASES, **peers_cases.CASES}
