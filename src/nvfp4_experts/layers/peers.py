@@ -70,7 +70,9 @@ class Peers:
             got = str(refusal).partition("\n")[0]
             rule, way_out = "must be mapped by the other ranks", "build layers over ranks with direct=False"
             raise UnsupportedError("memory of this rank's GPU", rule, got, way_out) from refusal
-        return [self._handles[-1].get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.ranks)]
+        views = [self._handles[-1].get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.ranks)]
+        views[self.rank] = mine  # which keeps the memory
+        return views
 
     def part(self, values: int) -> Tensor:
         """(values,) fp32: where this rank's part of the next sum goes."""

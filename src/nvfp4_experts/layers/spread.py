@@ -86,7 +86,7 @@ class Spread:
             self._waiting.wait_stream(main)
             with torch.cuda.stream(self._waiting):
                 peers.wait()  # nobody reads rows of an earlier call any more
-            arrived = self._fetch_weights(made, main)
+            arrived = self._fetch_weights(made)
             values = shards.enter(x, call, made.get("values"))
             runs = runs_of(len(spans[0]))
             for number, run in enumerate(runs):
@@ -131,7 +131,7 @@ class Spread:
                 else:
                     to.copy_(source)
 
-    def _fetch_weights(self, made: dict[str, Tensor], main: torch.cuda.Stream) -> dict[int, torch.cuda.Event]:
+    def _fetch_weights(self, made: dict[str, Tensor]) -> dict[int, torch.cuda.Event]:
         """Starts the copies; rank -> when its gate and up are here, and with the last other one's all of down.
 
         This rank's own are a kernel's, not the copy engine's, and the slower for it. They begin when the first GEMM has
