@@ -13,7 +13,7 @@ from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.cuda.workspace import bytes_of
 from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem, choose_routed_backend
 from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode, routed_fp8
-from nvfp4_experts.kernels.sm90.config import GemmProblem, config_is_legal
+from nvfp4_experts.kernels.sm90.config import TOKENS, GemmProblem, config_is_legal, legal_configs
 from nvfp4_experts.kernels.target import Target
 
 HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
@@ -53,6 +53,13 @@ def test_every_cut_is_legal_and_reached() -> None:
         64,
         128,
     ]
+
+
+def test_neither_the_rule_nor_tuning_takes_a_cut_that_is_for_routed_experts() -> None:
+    found = list(legal_configs(GemmProblem(4096, 4096, 4096)))
+    assert {config.tokens for config in found} == set(TOKENS)
+    assert {config.strips for config in found} == {1} and {config.fp8 for config in found} == {False}
+    assert [config for _, config in grouped._CONFIGS if config not in found] == [grouped._CONFIGS[-1][1]]
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp8", *ACTIVATION_SCALES])

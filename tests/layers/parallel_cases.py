@@ -365,6 +365,10 @@ def disagreements_are_errors_on_every_rank(world: World) -> None:
         mode = MODES[world.rank % 2]
         with pytest.raises(LayoutError, match="shared: must be the same on every rank"):
             SummedOverRanks(group, shared=shard_of(shared_expert(mode), world.rank, 2 * 2))
+        shard = shard_of(shared_expert(MODES[0]), world.rank, 4)
+        for name, values in (("chunk_tokens", (None, 5)), ("direct", (True, False))):
+            with pytest.raises(LayoutError, match=f"{name}: must be the same on every rank"):
+                SummedOverRanks(group, shared=shard, **{name: values[world.rank % 2]})
         with pytest.raises(InputError, match="must be there on some rank"):
             SummedOverRanks(group)
         with pytest.raises(InputError, match="must have experts on some rank"):

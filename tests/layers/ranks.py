@@ -76,7 +76,7 @@ def _is_editable(finder: object) -> bool:
 def _rank(rank: int, ranks: int, device_type: str, module: str, scratch: Path, editable: bool) -> None:
     if not editable:
         sys.meta_path[:] = [finder for finder in sys.meta_path if not _is_editable(finder)]
-    from nvfp4_experts.diagnostics.bench.rank_process import NO_MULTICAST, transport  # which, is known only here
+    from nvfp4_experts.diagnostics.bench.rank_process import NO_MULTICAST, transport  # found as said above
 
     cases: dict[str, Case] = importlib.import_module(module).CASES
     torch.set_num_threads(1)

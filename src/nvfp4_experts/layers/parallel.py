@@ -96,7 +96,8 @@ class SummedOverRanks(nn.Module):
         self.chunk_tokens = chunk_tokens
         if chunk_tokens is not None:
             checked_count("chunk_tokens", chunk_tokens, "give the tokens of a chunk, or None")
-        said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed), "direct": direct})
+        options = {"chunk_tokens": chunk_tokens or 0, "direct": direct}  # ranks that differ would wait for each other
+        said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed)} | options)
         facts = [fact for rank in said for fact in (rank["shared"], rank["routed"]) if fact is not None]
         if not facts:
             raise InputError("shared and routed", "must be there on some rank", "none", "give each rank its part")

@@ -40,7 +40,9 @@ class Peers:
         self._group, self._device = ref(group), device  # who keeps this by its group must not keep the group by this
         self._parts: list[Tensor] = []
         self._shares: list[Tensor] = []
-        self._handles: list[Any] = []  # all are kept: graphs have the addresses of memory that was outgrown
+        self._kept: list[
+            tuple[Any, Tensor]
+        ] = []  # handles, and what they share: graphs have addresses of outgrown memory
 
     def reserve(self, values: int) -> None:
         """Have room for sums of so many values. A collective, on the host.
@@ -63,16 +65,15 @@ class Peers:
 
         group = self._group()
         assert group is not None, "layers that ask hold it"
-        mine = symmetric.empty(values, dtype=torch.float32, device=self._device)
         try:
-            self._handles.append(symmetric.rendezvous(mine, group))
+            mine = symmetric.empty(values, dtype=torch.float32, device=self._device)
+            handle = symmetric.rendezvous(mine, group)
         except RuntimeError as refusal:
             got = str(refusal).partition("\n")[0]
-            rule, way_out = "must be mapped by the other ranks", "build layers over ranks with direct=False"
+            rule, way_out = "must be shared with the other ranks", "build layers over ranks with direct=False"
             raise UnsupportedError("memory of this rank's GPU", rule, got, way_out) from refusal
-        views = [self._handles[-1].get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.ranks)]
-        views[self.rank] = mine  # which keeps the memory
-        return views
+        self._kept.append((handle, mine))
+        return [handle.get_buffer(rank, mine.shape, mine.dtype) for rank in range(self.ranks)]
 
     def part(self, values: int) -> Tensor:
         """(values,) fp32: where this rank's part of the next sum goes."""
@@ -85,7 +86,7 @@ class Peers:
 
     def wait(self, channel: int = 0) -> None:
         """Until every rank's stream is here; waits of one channel must come one after the other."""
-        self._handles[-1].barrier(channel=channel)
+        self._kept[-1][0].barrier(channel=channel)
 
     def sum(self, y: Tensor) -> None:
         """y = ((part of rank 0 + part of rank 1) + ...), on every rank.

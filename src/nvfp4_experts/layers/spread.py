@@ -8,7 +8,8 @@
 Against parts of sums that is 4 T H (R - 1) / R bytes less and 0.5625 * 3 H I (R - 1) / R more, which begins to pay at
 T = I / 2 and is done from T = I on. A row's bits are those of the whole layer for T / R tokens.
 
-Copies between GPUs are the copy engines'; what waits for other ranks is a small kernel on a stream of its own.
+Copies between GPUs are the copy engines', but for those of the last run, which no GEMM is beside; what waits for other
+ranks is a small kernel on a stream of its own.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies that take no multiprocessor, whatever the strides of rows."""
+"""Copies of rows of bytes, whatever their strides, as the driver makes them: between GPUs by the copy engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from ...errors import UnsupportedError
 
 
 def copy_rows(to: Tensor, source: Tensor) -> None:
-    """to[...] = source, both (rows, bytes) uint8 with rows of any stride, by the copy engine, on the current stream.
+    """to[...] = source, both (rows, bytes) uint8 with rows of any stride, on the current stream.
 
-    Tensor.copy_ does so where both are contiguous; else it launches a kernel.
+    Between GPUs no multiprocessor takes part, where Tensor.copy_ launches a kernel unless both are contiguous. Within a
+    GPU the driver launches one itself.
     """
     from cuda.bindings import runtime
 

@@ -17,7 +17,8 @@
 // With one part blocks are persistent. A token's result depends on PARTS and on nothing else of the batch.
 //
 // GROUPED: weights of several experts, one after the other, and a list of tiles that group.cu made: rows of activations
-// and their expert. A tile of few rows is multiplied by narrower wgmmas, to the next 8. One part only.
+// and their expert. A tile of few rows is multiplied by narrower wgmmas, to the next 8 from NARROWEST on, and less of the
+// ring is filled. A stage's wgmmas have ended before the next is decoded. One part only.
 //
 // FP8 (GROUPED alone): weights as layouts/e4m3_fragments.py packs them become e4m3 in units of their row's amax / 448;
 // activations are e4m3 in the order that it says, with a scale a row. Half of the wgmmas.
