@@ -175,6 +175,26 @@ def test_a_shared_expert_beside_is_its_result_added_last(tokens: int, mode: tupl
     assert torch.equal(routed.with_shared(x, indices, weights, shared, out), parts[0] + parts[1])
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_a_call_does_not_see_what_another_left(mode: tuple[str, str]) -> None:
+    """More tokens before fewer and fewer before more, in any order, with a shared expert and without; nobody's too."""
+    layer, shared = make(SMALL, mode), make_shared(SMALL, mode)
+    calls = []
+    for tokens in (8, 1, 3, 8, 2):
+        x, (indices, weights) = (
+            torch.randn(tokens, SMALL[0], device="cuda").bfloat16(),
+            on_gpu(draw_routing(tokens, K, experts=E)),
+        )
+        for chosen in (indices, torch.full_like(indices, -1)):
+            calls += [
+                functools.partial(layer, x, chosen, weights),
+                functools.partial(layer.with_shared, x, chosen, weights, shared),
+            ]
+    first = [call() for call in calls]
+    for turn in torch.randint(len(calls), (400,)).tolist():
+        assert torch.equal(calls[turn](), first[turn])
+
+
 @pytest.mark.parametrize("tokens", [4, 40])
 def test_streams_and_graphs_at_once_do_not_meet(tokens: int) -> None:
     layer, shared = make(SMALL, ("bf16", "dynamic")), make_shared(SMALL, ("bf16", "dynamic"))

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
 RAGGED = (144, 80)
-BF16, STATIC = 0, 1  # ACTIVATIONS of decode.cu
+BF16, STATIC, DYNAMIC = 0, 1, 2  # ACTIVATIONS of decode.cu and routed_decode.cu
 WORKERS = 2
 
 
@@ -104,19 +104,20 @@ def decode_of(shape: str, activations: int) -> Kernel:
     return kernel
 
 
-def routed_decode_of(shape: str) -> Kernel:
+def routed_decode_of(shape: str, activations: int) -> Kernel:
     """That of a named shape with bf16 hidden states and 64-bit indices."""
     candidates = [k for k in kernels_of(*SHAPES[shape]) if k.file == "routed_decode.cu"]
-    (kernel,) = [k for k in candidates if k.is_for(RESULT=0, INDEX=1)]
+    (kernel,) = [k for k in candidates if k.is_for(ACTIVATIONS=activations, RESULT=0, INDEX=1)]
     return kernel
 
 
 def wanted() -> set[Kernel]:
-    """Every kernel of a small layer, x in every dtype; of the big ones decode.cu, and gemm.cu of two."""
+    """Every kernel of a small layer, x in every dtype; of the big ones those of few tokens, and gemm.cu of two."""
     small = kernels_of(*RAGGED)
     elements = {k.having(ELEMENT=e, RESULT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
     big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)}
-    return small | elements | big | gemms() | {routed_decode_of(shape) for shape in SHAPES}
+    routed = {routed_decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC, DYNAMIC)}
+    return small | elements | big | gemms() | routed
 
 
 def gemms() -> set[Kernel]:
@@ -196,6 +197,8 @@ def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:
     small = {(m["ACTIVATIONS"], m["ELEMENT"]) for m in decodes if (m["HIDDEN"], m["INTERMEDIATE"]) == RAGGED}
     assert small == {(activations, element) for activations in range(4) for element in range(3)}
     assert {(m["HIDDEN"], m["INTERMEDIATE"]) for m in decodes} == {RAGGED, *SHAPES.values()}
+    routed = [dict(k.macros) for k in built if k.file == "routed_decode.cu" and k.is_for(HIDDEN=RAGGED[0])]
+    assert {m["ACTIVATIONS"] for m in routed} == set(range(4))
     failed = {kernel: made.error for kernel, made in built.items() if made.error}
     assert not failed
     for kernel, made in built.items():
@@ -213,7 +216,10 @@ def test_gemm_decodes_while_the_tensor_cores_multiply(built: dict[Kernel, Built]
 
 
 def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> None:
-    for kernel in (decode_of("V4-Flash", BF16), routed_decode_of("V4-Flash")):
+    for kernel in (
+        decode_of("V4-Flash", BF16),
+        *(routed_decode_of("V4-Flash", activations) for activations in (BF16, STATIC, DYNAMIC)),
+    ):
         log = built[kernel].log
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills == [("0", "0")], log
@@ -221,7 +227,7 @@ def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> No
 
 @pytest.mark.parametrize("activations", [BF16, STATIC])
 def test_decode_multiplies_on_tensor_cores_and_copies_in_bulk(built: dict[Kernel, Built], activations: int) -> None:
-    for kernel in (of for shape in SHAPES for of in (decode_of(shape, activations), routed_decode_of(shape))):
+    for kernel in (of(shape, activations) for shape in SHAPES for of in (decode_of, routed_decode_of)):
         ptx = built[kernel].ptx
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
         assert "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" in ptx

@@ -48,7 +48,15 @@ def test_bytes() -> None:
         2 * 192 + 4 * 128 + 4 * 10
     )  # rows are whole chunks of 64
     assert mailbox_bytes(decode_box(16, 16)) % 128 == 0
-    assert mailbox_bytes(routed_box(80)) == 128 + 2 * 72 * 2 * 128  # h in bf16 of 64 slots and 8 of a shared expert
+
+
+def test_bytes_of_routed_experts() -> None:
+    """Rows of 64 slots and 8 of a shared expert: h in bf16. NVFP4: h in fp32 and x in bf16 too, and a count of blocks."""
+    assert routed_box(144, 80, "bf16") == 72 * 2 * 128
+    assert routed_box(144, 80, "static") == 72 * (2 * 128 + 4 * 80 + 2 * 192) + 16
+    for mode in ("dynamic", "per_token"):  # x by token; and amax of 10 tiles, in 12 words
+        assert routed_box(144, 80, mode) == 72 * (2 * 128 + 4 * 80 + 4 * 12) + 8 * 2 * 192 + 16
+        assert mailbox_bytes(routed_box(144, 80, mode)) % 128 == 0
 
 
 def test_a_new_mailbox_is_at_launch_0_with_empty_boxes(current: Stream) -> None:
@@ -67,8 +75,9 @@ def test_launches_that_follow_each_other_share_one_and_others_do_not(current: St
         assert mailboxes(GPU, BOX).current() is seen[-1]
     current.stream, current.capture = 7, 0
     seen.append(mailboxes(GPU, OTHER).current())
+    seen += [mailboxes(GPU, BOX, ("static", hidden, 32)).current() for hidden in (64, 80)]  # rows of other lengths
     assert len({t.data_ptr() for t in seen}) == len(seen) == current.made
-    assert all_bytes(GPU) == 5 * mailbox_bytes(BOX) + mailbox_bytes(OTHER)
+    assert all_bytes(GPU) == 7 * mailbox_bytes(BOX) + mailbox_bytes(OTHER)
     assert all_bytes(torch.device("cuda", 1)) == 0
 
 

@@ -30,6 +30,17 @@ __device__ __forceinline__ u32 load_2(Address from) {
     return v;
 }
 
+// A word in shared memory that says what has been written before it.
+__device__ __forceinline__ void store_release(Address to, u32 word) {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+}
+
+__device__ __forceinline__ u32 load_acquire(Address from) {
+    u32 word;
+    asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];" : "=r"(word) : "r"(from) : "memory");
+    return word;
+}
+
 // --- barriers in shared memory --------------------------------------------------------------------------------------
 
 constexpr int BARRIER_BYTES = 8;

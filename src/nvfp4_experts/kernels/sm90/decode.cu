@@ -22,12 +22,6 @@
 
 #include "common.cuh"
 #include "async.cuh"
-
-#define BF16 0
-#define STATIC 1
-#define DYNAMIC 2
-#define PER_TOKEN 3
-
 #include "tile.cuh"
 
 using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
@@ -54,6 +48,7 @@ struct Box {
 };
 #include "mailbox.cuh"
 #include "entering.cuh"
+#include "decode_entering.cuh"
 
 // h of a tile, rows g = lane / 4 and tokens 2 c, 2 c + 1, to the mailbox. encode, decode: its static scale, if it has one.
 __device__ __forceinline__ void post_h(int tile, int tokens, float (&h)[2], float encode, float decode, Box& box) {
@@ -127,7 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 barrier_arrive(shared_address(&shared.has_box));
             }
             Box& box = mailbox->boxes[number % 2];
-            empty_share(mailbox->boxes[(number + 1) % 2]);
+            empty_share(&mailbox->boxes[(number + 1) % 2], sizeof(Box));
             float encode = 1.0f, decode = 1.0f;
             if (ACTIVATIONS == STATIC) global_scales(0, static_scale_at(hidden_scale), encode, decode);
             Ring<2> partial;
@@ -180,7 +175,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     load_raw<L1>(x, HIDDEN, tokens, false, raw);
                     find_amax<0>(raw, shared);
                 }
-                post_share(x, tokens, static_scale, shared, find_box);
+                post_share(
+                    x, tokens, warp, CONSUMERS, [](int row) { return row; },
+                    [&](int row, float& g, float& s) { global_scales(amax_of_token<0>(row, shared), static_scale, g, s); },
+                    [&](int row) { return find_box().x[row]; });
                 const Inbox<L1> inbox(&find_box().x[0][0], X_STRIDE / 2, tokens);
 #pragma unroll
                 for (int i = 0; i < 8; i++) fragments[0].b[i] = NOT_YET;

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How x and h enter a decode launch: from memory or the mailbox, as bf16 or quantised to NVFP4, to the consumers' B
-// fragments. Included by decode.cu, which has Shared, Gemm and the macros.
-
-// h is finished by the reducer but where its scale needs all of it.
-constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;
+// How x and h become NVFP4 values in a decode launch, whose blocks share the work through the mailbox. Included by decode.cu
+// and routed_decode.cu, which have Shared, Box and the macros.
 
 // Asked for early. Past the L1 cache: the launch before may have written it.
 __device__ __forceinline__ float static_scale_at(const float* scale) { return ACTIVATIONS == STATIC ? __ldcg(scale) : 0.0f; }
@@ -53,96 +50,36 @@ __device__ __forceinline__ void keep_token_scales(float static_scale, Shared& sh
     shared.token_scale[PHASE][threadIdx.x] = s;
 }
 
-// This block's share of x to NVFP4 values for all blocks: four lanes a block of 16, each the two words it would multiply.
-template <class FindBox>
-__device__ __forceinline__ void post_share(const Element* x, int tokens, float static_scale, const Shared& shared,
-                                           FindBox find_box) {
+// A block of 16 that four lanes hold, lane c its columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, as the two words it would multiply.
+__device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float s) {
+    u32 largest = 0;
+#pragma unroll
+    for (int e = 0; e < 4; e++) largest = max(largest, __float_as_uint(v[e]) & 0x7FFFFFFFu);
+    largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
+    const BlockScale block = block_scale(largest, g, s);
+#pragma unroll
+    for (int e = 0; e < 4; e++) v[e] = quantize_value(v[e], block);
+    return make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]));
+}
+
+// This block's share of `rows` rows of x to NVFP4 values for all blocks, by warp `warp` of `warps`. token_of(row): of x;
+// scales_of(row, g, s): its global scales; place(row): where its words go.
+template <class TokenOf, class ScalesOf, class Place>
+__device__ __forceinline__ void post_share(const Element* x, int rows, int warp, int warps, TokenOf token_of, ScalesOf scales_of,
+                                           Place place) {
     constexpr int BLOCKS = HIDDEN / BLOCK;
-    const int c = threadIdx.x % 4, step = gridDim.x * CONSUMERS * 8;
-    for (int first = (blockIdx.x + threadIdx.x / 32 * gridDim.x) * 8; first < tokens * BLOCKS; first += step) {
+    const int c = threadIdx.x % 4, step = gridDim.x * warps * 8;
+    for (int first = (blockIdx.x + warp * gridDim.x) * 8; first < rows * BLOCKS; first += step) {
         const int i = first + threadIdx.x % 32 / 4;
-        const bool is_one = i < tokens * BLOCKS;
-        const int token = is_one ? i / BLOCKS : 0, column = is_one ? i % BLOCKS * BLOCK + 2 * c : 2 * c;
+        const bool is_one = i < rows * BLOCKS;
+        const int row = is_one ? i / BLOCKS : 0, column = is_one ? i % BLOCKS * BLOCK + 2 * c : 2 * c;
+        const Element* from = x + (size_t)token_of(row) * HIDDEN + column;
         float v[4], g, s;
-        load_pair(x + (size_t)token * HIDDEN + column, v[0], v[1]);
-        load_pair(x + (size_t)token * HIDDEN + column + 8, v[2], v[3]);
-        global_scales(amax_of_token<0>(token, shared), static_scale, g, s);
-        u32 largest = 0;
-#pragma unroll
-        for (int e = 0; e < 4; e++) largest = max(largest, __float_as_uint(v[e]) & 0x7FFFFFFFu);
-        largest = max(largest, __shfl_xor_sync(~0u, largest, 1));
-        largest = max(largest, __shfl_xor_sync(~0u, largest, 2));
-        const BlockScale block = block_scale(largest, g, s);
-#pragma unroll
-        for (int e = 0; e < 4; e++) v[e] = quantize_value(v[e], block);
-        if (is_one) post(&find_box().x[token][pair_position(column)], make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3])));
+        load_pair(from, v[0], v[1]);
+        load_pair(from + 8, v[2], v[3]);
+        scales_of(row, g, s);
+        const uint2 words = quantize_quarter(v, g, s);
+        if (is_one) post(place(row) + pair_position(column), words);
     }
-}
-
-// h, fp32, to NVFP4 values with a scale that takes all of it.
-template <class G>
-__device__ __forceinline__ void enter_whole(const Box& box, int tokens, Shared& shared, Fragment (&fragments)[G::stages]) {
-    Raw<Float32> raw[G::stages];
-    load_raw<G>(reinterpret_cast<const Float32*>(box.h), H_STRIDE, tokens, true, raw);
-    find_amax<1>(raw, shared);
-    float g, s;
-    global_scales(amax_of_token<1>(threadIdx.x % 32 / 4, shared), 0.0f, g, s);
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-        float v[16];
-        unpack16(raw[stage], v);
-        quantize_block(v, g, s);
-#pragma unroll
-        for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
-        exchange(fragments[stage]);
-    }
-}
-
-// --- a lone token: x comes to shared memory in one copy, sooner than the lanes of fragments would get it -------------
-
-__device__ __forceinline__ void copy_x(const Element* x, Shared& shared) {
-    const Address has_x = shared_address(&shared.has_x);
-    barrier_expect(has_x, sizeof(shared.x));
-    copy_to_shared(shared_address(shared.x), x, sizeof(shared.x), has_x);
-}
-
-// x to NVFP4 values, where it is, a block of 16 to a thread.
-__device__ __forceinline__ void enter_alone(float static_scale, Shared& shared) {
-    constexpr int CONSUMER_THREADS = CONSUMERS * 32, EACH = (HIDDEN / BLOCK + CONSUMER_THREADS - 1) / CONSUMER_THREADS;
-    auto column_of = [](int i) { return (i * CONSUMER_THREADS + (int)threadIdx.x) * BLOCK; };
-    float g, s, v[EACH][BLOCK] = {};
-    u32 largest[EACH], all = 0;
-    barrier_wait(shared_address(&shared.has_x), 0);
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        Raw<Element> raw = {};
-        if (column_of(i) < HIDDEN) raw = *reinterpret_cast<const Raw<Element>*>(shared.x + column_of(i));
-        unpack16(raw, v[i]);
-        largest[i] = amax16(v[i]), all = max(all, largest[i]);
-    }
-    if (ACTIVATIONS != STATIC) {
-        all = __reduce_max_sync(~0u, all);
-        if (threadIdx.x % 32 == 0) atomicMax(&shared.amax[0][0], all);
-    }
-    if (ACTIVATIONS != STATIC || sizeof(Element) > 2) consumers_sync();  // values take the room of other columns in fp32
-    global_scales(amax_of_token<0>(0, shared), static_scale, g, s);
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        if (column_of(i) >= HIDDEN) break;
-        const BlockScale block = block_scale(largest[i], g, s);
-        u32* to = reinterpret_cast<u32*>(shared.x) + column_of(i) / 2;
-#pragma unroll
-        for (int e = 0; e < BLOCK; e += 2)
-            to[e / 2] = bf16_pair(quantize_value(v[i][e], block), quantize_value(v[i][e + 1], block));
-    }
-    consumers_sync();
-}
-
-// Its share of a stage.
-__device__ __forceinline__ void take(int stage, const Shared& shared, Fragment& fragment) {
-    const int lane = threadIdx.x % 32, first = (stage * CONSUMERS + threadIdx.x / 32) * 64 + lane * 2;
-    const u32* from = reinterpret_cast<const u32*>(shared.x) + first / 2;
-    const bool has_columns = lane < 4 && (L1::chunks % CONSUMERS == 0 || first < L1::columns);
-#pragma unroll
-    for (int i = 0; i < 8; i++) fragment.b[i] = has_columns && is_column<L1>(first, i) ? from[4 * i] : 0;
 }

@@ -9,6 +9,7 @@ constexpr u32 NOT_YET = 0xFFFFFFFF;  // as bf16 or fp32 a NaN that arithmetic do
 
 struct alignas(128) Mailbox {
     u32 launches;  // that have ended
+    u32 rows[2];   // of the boxes, that have words in them: routed_decode.cu
     alignas(128) Box boxes[2];
 };
 static_assert(sizeof(Mailbox) == MAILBOX_BYTES, "mailbox.py allocates as much");
@@ -32,6 +33,16 @@ __device__ __forceinline__ void post(u32* to, uint2 words) {
     asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(words.x), "r"(words.y));
 }
 
+// A word that counts, and says what has been written before it was counted up.
+__device__ __forceinline__ void add_release(u32* to, u32 count) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(count) : "memory");
+}
+__device__ __forceinline__ u32 load_acquire_gpu(const u32* from) {
+    u32 word;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(word) : "l"(from) : "memory");
+    return word;
+}
+
 // The number of this launch on its mailbox. One block ends it when all have asked: that is, when it has a word of each.
 __device__ __forceinline__ u32 launch_number(const Mailbox& mailbox) {
     u32 number;
@@ -39,10 +50,10 @@ __device__ __forceinline__ u32 launch_number(const Mailbox& mailbox) {
     return number;
 }
 
-// This block's share of the box of the next launch, by one warp.
-__device__ __forceinline__ void empty_share(Box& box) {
-    uint4* words = reinterpret_cast<uint4*>(&box);
-    for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < (int)(sizeof(Box) / 16); i += gridDim.x * 32)
+// This block's share of words that the next launch must find empty, by one warp.
+__device__ __forceinline__ void empty_share(void* from, int bytes) {
+    uint4* words = reinterpret_cast<uint4*>(from);
+    for (int i = blockIdx.x * 32 + threadIdx.x % 32; i < bytes / 16; i += gridDim.x * 32)
         words[i] = make_uint4(NOT_YET, NOT_YET, NOT_YET, NOT_YET);
 }
 
@@ -55,25 +66,27 @@ __device__ __forceinline__ int pair_position(int k) { return k / 64 * 32 + k % 8
 template <class G>
 __device__ __forceinline__ bool is_column(int first, int word) { return G::columns % 64 == 0 || first + 8 * word < G::columns; }
 
-// A token's columns in the order of fragments, arriving.
-template <class G>
+// A token's columns in the order of fragments, arriving. EVERY: all lanes have a row.
+template <class G, bool EVERY = false>
 struct Inbox {
-    const u32* row;  // of this lane's token; null: there is none, and its fragments are zero
-    int column;      // of word 0 in stage 0
+    const u32* words;  // of this lane in stage 0; null: its token has none, and its fragments are zero
+    int column;        // of the first of them
 
-    __device__ explicit Inbox(const u32* row) : row(row), column(threadIdx.x / 32 * 64 + threadIdx.x % 4 * 2) {}
+    __device__ explicit Inbox(const u32* row) : column(threadIdx.x / 32 * 64 + threadIdx.x % 4 * 2) {
+        words = EVERY || row ? row + pair_position(column) : nullptr;
+    }
     __device__ Inbox(const u32* rows, int stride, int tokens)
         : Inbox(threadIdx.x % 32 / 4 < tokens ? rows + threadIdx.x % 32 / 4 * stride : nullptr) {}
     __device__ __forceinline__ void look(int stage, Fragment& fragment) const {
         const int first = column + stage * CONSUMERS * 64;
         uint4 low = {}, high = {};
-        if (row && first < G::columns) {
-            const u32* from = row + pair_position(first);
+        if ((EVERY || words) && (G::chunks % CONSUMERS == 0 || first < G::columns)) {
+            const u32* from = words + stage * CONSUMERS * 32;
             low = peek_16(from), high = peek_16(from + 4);
         }
-        const u32 words[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        const u32 found[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-        for (int i = 0; i < 8; i++) fragment.b[i] = is_column<G>(first, i) ? words[i] : 0;
+        for (int i = 0; i < 8; i++) fragment.b[i] = is_column<G>(first, i) ? found[i] : 0;
     }
     static __device__ __forceinline__ bool is_there(const Fragment& fragment) {
         bool there = true;
@@ -94,6 +107,10 @@ struct Inbox {
             __syncwarp();
             look(stage, fragment);
         }
+    }
+    __device__ __forceinline__ void await_all(Fragment (&fragments)[G::stages], int asker = 0) const {
+#pragma unroll
+        for (int stage = 0; stage < G::stages; stage++) await(stage, fragments[stage], asker);
     }
 };
 

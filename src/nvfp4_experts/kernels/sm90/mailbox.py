@@ -4,13 +4,17 @@
 A launch finds the mailbox as the launch before left it, so it may be used by launches that follow each other and by no
 others. Launches on different streams may run at once, and so may different graphs, which can be replayed anywhere:
 every stream, and every stream of a graph capture, has a mailbox of each size that runs there, made on first use and
-kept for the life of the process (V4-Pro: 0.45 MB, routed 0.88 MB). A launch empties all of a box, so kernels whose
-boxes have one size share it.
+kept for the life of the process (V4-Pro: 0.45 MB; routed 0.88 MB, with NVFP4 activations 4.7 MB where scales are
+static and 3.1 MB else). A launch of decode.cu empties all of the other box, so those whose boxes have one size share a
+mailbox; one of routed_decode.cu empties the rows that were used, so those do whose boxes have one layout.
 
-    launches     that have ended, u32 in a line of 128 bytes, 0 at first; of it the last bit counts
+    launches     that have ended, u32 in a line of 128 bytes, 0 at first; of it the last bit counts. Behind it for each
+                 box, u32, how many rows of it are in use
     2 boxes      all ones at first
                  decode.cu: x (8, H) bf16, h (8, I) fp32, both in rows of whole chunks; amax (I / 8, 8) u32
-                 routed_decode.cu: h (72, I) bf16, in rows of whole chunks
+                 routed_decode.cu: h (72, I) bf16, in rows of whole chunks; with NVFP4 activations x (72, H) bf16 as
+                 well, or (8, H) if its scales are no expert's, and h once more, (72, I) fp32; amax (72, I / 8) u32
+                 where scales are not static, in rows of whole 16 bytes; 16 bytes with a count of blocks
 """
 
 from __future__ import annotations
@@ -33,9 +37,15 @@ def decode_box(hidden: int, intermediate: int) -> int:
     return _TOKENS * (2 * _whole(hidden) + 4 * _whole(intermediate) + 4 * (intermediate // 8))
 
 
-def routed_box(intermediate: int) -> int:
-    """Bytes of a box of routed_decode.cu."""
-    return ROUTED_SLOTS * 2 * _whole(intermediate)
+def routed_box(hidden: int, intermediate: int, mode: str) -> int:
+    """Bytes of a box of routed_decode.cu; mode: "bf16", or a scale of NVFP4 activations."""
+    values = ROUTED_SLOTS * 2 * _whole(intermediate)
+    if mode == "bf16":
+        return values
+    is_static = mode == "static"
+    x = (ROUTED_SLOTS if is_static else _TOKENS) * 2 * _whole(hidden)
+    amax = 0 if is_static else ROUTED_SLOTS * -(-(intermediate // 8) // 4) * 16
+    return values + x + 16 + ROUTED_SLOTS * 4 * intermediate + amax
 
 
 def mailbox_bytes(box: int) -> int:
@@ -83,13 +93,13 @@ class Mailboxes:
         return mailbox
 
 
-def mailboxes(device: torch.device, box: int) -> Mailboxes:
-    """The mailboxes of a device with boxes of a size."""
-    device = indexed(device)
+def mailboxes(device: torch.device, box: int, layout: tuple[object, ...] = ()) -> Mailboxes:
+    """The mailboxes of a device with boxes of a size; layout: what its rows depend on, if launches empty rows."""
+    key = indexed(device), box, layout
     with _lock:
-        if (device, box) not in _all:
-            _all[device, box] = Mailboxes(device, mailbox_bytes(box))
-        return _all[device, box]
+        if key not in _all:
+            _all[key] = Mailboxes(key[0], mailbox_bytes(box))
+        return _all[key]
 
 
 def all_bytes(device: torch.device) -> int:
@@ -98,5 +108,5 @@ def all_bytes(device: torch.device) -> int:
         return sum(made.nbytes for (owner, *_), made in _all.items() if owner == indexed(device))
 
 
-_all: dict[tuple[torch.device, int], Mailboxes] = {}
+_all: dict[tuple[torch.device, int, tuple[object, ...]], Mailboxes] = {}
 _lock = threading.Lock()

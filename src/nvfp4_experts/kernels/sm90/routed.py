@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
-    bf16, up to 8 tokens and 64 slots    routed_decode.py, one launch, a shared expert of the same size a group of it;
-                                         not where I is below 100 or so (`routed_decode.fits`)
-    else                                 grouped.py; the shared expert first, its fp32 result (fp8: bf16, as its GEMM
-                                         leaves it) added with the rows
+    bf16 and nvfp4, up to 8 tokens and 64 slots    routed_decode.py, one launch, a shared expert of the same size and
+                                                   format a group of it; not where I is below 100 or so
+                                                   (`routed_decode.fits`)
+    else                                           grouped.py; the shared expert first, its fp32 result (fp8: bf16,
+                                                   as its GEMM leaves it) added with the rows
 
 Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic"). fp8 is another backend,
 `sm90-fp8` (routed_fp8.py): its weights are packed otherwise.
@@ -46,8 +47,8 @@ class Sm90RoutedExperts(StackedExperts):
         sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
             grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
-            if problem.activations == "bf16" and routed_decode.fits(*sizes, device):
-                routed_decode.prepare(*sizes, device)
+            if problem.activations != "fp8" and routed_decode.fits(*sizes, device):
+                routed_decode.prepare(*sizes, modes, device)
             shape = *sizes, problem.experts, max_tokens, problem.top_k
             layouts = [list(grouped.scratch(mode, *shape).values()) for mode in modes]
             reserve(device, max(map(bytes_of, layouts)) + bytes_of([((max_tokens, problem.hidden), torch.float32)]))
@@ -84,9 +85,9 @@ def _run(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Te
 def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
     of_shared, top_k = beside.call, routing.indices.shape[1]
     same_size = beside.weights[0].numel() == weights[0][0].numel()
-    same_format = of_shared.activations == "bf16" and of_shared.clamp == call.clamp
+    same_format = grouped.mode_of(of_shared) == grouped.mode_of(call) and of_shared.clamp == call.clamp
     if _few(x, weights, routing, call) and same_size and same_format:
-        routed_decode.routed_experts(x, weights, routing, call, out, beside.weights)
+        routed_decode.routed_experts(x, weights, routing, call, out, beside)
         return
     # Scratch of the two calls begins at one place; what one hands the other lies behind both.
     tokens, hidden = x.shape
@@ -104,7 +105,7 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
 
 
 def _few(x: Tensor, weights: list[Tensor], routing: Routing, call: Call) -> bool:
-    few = call.activations == "bf16" and routed_decode.takes(*routing.indices.shape)
+    few = call.activations != "fp8" and routed_decode.takes(*routing.indices.shape)
     return few and routed_decode.fits(x.shape[1], weights[2].shape[2], x.device)
 
 

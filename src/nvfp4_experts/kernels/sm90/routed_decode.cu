@@ -7,12 +7,16 @@
 //   y[t]            = ((0 + row of slot 0) + row of slot 1) + ... + row of the shared expert
 //
 // The tokens are the 8 columns of every product, whoever chose the expert: columns cost nothing, and x stays in registers
-// from one expert to the next. All blocks go through the groups in one order, L1 of all, then L2 of all: when the first
+// from one expert to the next. Blocks go through the groups in one order, L1 of all, then L2 of all: when the first
 // group's h is asked for, it has long been there. A block keeps the rows of its tiles in shared memory until the last.
 //
+// With NVFP4 activations x and h become NVFP4 values on the way, as routed_entering.cuh says; sums are multiplied by their
+// scales too.
+//
 // Floor: 0.5625 bytes * 3 HI read for each group.
-// Compiled with -D: HIDDEN, INTERMEDIATE, ELEMENT (of x), RESULT (of y; 0 bf16, 1 fp16, 2 fp32), INDEX (0 int32, 1 int64),
-// TILES (of L2, of a block, at most), STAGES, SHARED_BYTES, MAILBOX_BYTES.
+// Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token), ELEMENT (of x),
+// RESULT (of y; 0 bf16, 1 fp16, 2 fp32), INDEX (0 int32, 1 int64), TILES (of L2, of a block, at most), STAGES, SHARED_BYTES,
+// MAILBOX_BYTES.
 
 #include "common.cuh"
 #include "async.cuh"
@@ -28,17 +32,27 @@ using L1 = Gemm<2 * INTERMEDIATE, HIDDEN>;
 using L2 = Gemm<HIDDEN, INTERMEDIATE>;
 
 constexpr int CHOICES = 64, SLOTS = CHOICES + TOKENS, GROUPS = CHOICES + 1;  // the shared expert's slots come last
-constexpr int H_STRIDE = (INTERMEDIATE + 63) / 64 * 64;
+constexpr int X_STRIDE = (HIDDEN + 63) / 64 * 64, H_STRIDE = (INTERMEDIATE + 63) / 64 * 64;
+constexpr int AMAX_STRIDE = (L1::tiles + 3) / 4 * 4;
 constexpr unsigned char NOBODY = 255;
 
 struct Box {
     u32 h[SLOTS][H_STRIDE / 2];  // bf16 pairs, in the order of fragments
+#if ACTIVATIONS != BF16
+    u32 x[ACTIVATIONS == STATIC ? SLOTS : TOKENS][X_STRIDE / 2];  // the same
+    alignas(16) u32 whole_h[SLOTS][INTERMEDIATE];                 // fp32, in the order of channels
+#if ACTIVATIONS != STATIC
+    alignas(16) u32 amax[SLOTS][AMAX_STRIDE];  // of the 8 channels of a tile
+#endif
+    alignas(16) u32 blocks_with_x;  // STATIC: that have posted their share, less one
+#endif
 };
 #include "mailbox.cuh"
 
 struct Expert {
     const unsigned char *gate_up, *down;
     const float *gate_up_scales, *down_scale;
+    const float *input_scale, *hidden_scale;  // STATIC
 };
 
 struct Arguments {
@@ -64,16 +78,23 @@ struct Shared {
     Pipeline pipeline;
     float rows[TILES][SLOTS][16];
     Group groups[GROUPS];
-    int group_count, box;  // box: of the mailbox, this launch's
+    int group_count, box, rows_before;  // box: of the mailbox, this launch's; rows_before: with words, of the other one
     int expert_of_slot[CHOICES], key_of_slot[CHOICES];  // expert -1: not here
     float weight_of_slot[SLOTS], weight_after[CHOICES];  // of h; of a row
     u64 has_groups, has_scales;
+#if ACTIVATIONS != BF16
+    float x_scale[SLOTS], h_scale[SLOTS];  // global scales of activations; x's: STATIC
+    float token_scale[1][TOKENS];          // the others' of x
+    u32 amax[1][TOKENS];                   // of x: bits of |.|, whose order is that of the values, NaN above all
+    u32 groups_with_scales;                // whose h has its scale; not with STATIC
+    u32 has_all_x;                         // STATIC: of all slots
+#endif
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "routed_decode.py allocates as much");
 
 __device__ __forceinline__ Expert expert_at(const Expert& first, size_t index) {
     return {first.gate_up + index * (L1::tiles * L1::tile_bytes), first.down + index * (L2::tiles * L2::tile_bytes),
-            first.gate_up_scales + index * 2, first.down_scale + index};
+            first.gate_up_scales + index * 2, first.down_scale + index, first.input_scale + index, first.hidden_scale + index};
 }
 
 // Slots to groups, by one warp. Who names an expert twice has it in two groups. Weights can come as soon as it is known where
@@ -141,7 +162,7 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
     __syncwarp();
     if (lane == 0) {
         shared.group_count = routed + __popc(leaders[0]) + __popc(leaders[1]);
-        shared.box = number % 2;
+        shared.box = number % 2, shared.rows_before = __ldcg(arguments.mailbox->rows + 1 - number % 2);
     }
     barrier_arrive_warp(shared_address(&shared.has_groups));
     auto say_scales = [](Group& group, const Expert& expert) {
@@ -152,13 +173,61 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
     for (int n = 0; n < EACH; n++)
         if (leads[n]) say_scales(*leads[n], expert_at(arguments.routed, shared.expert_of_slot[n * 32 + lane]));
     if (routed && lane == 0) say_scales(shared.groups[0], arguments.shared);
+#if ACTIVATIONS == STATIC
+    // Past the L1 cache: the launch before may have written them.
+    auto say_static = [&](int slot, const Expert& expert) {
+        shared.x_scale[slot] = __ldcg(expert.input_scale), shared.h_scale[slot] = __ldcg(expert.hidden_scale);
+    };
+#pragma unroll
+    for (int n = 0; n < EACH; n++) {
+        const int slot = n * 32 + lane;
+        if (slot < slots) say_static(slot, expert_at(arguments.routed, max(shared.expert_of_slot[slot], 0)));
+    }
+    if (routed && lane < TOKENS) say_static(slots + lane, arguments.shared);
+#endif
     barrier_arrive_warp(shared_address(&shared.has_scales));
 }
 
-// This block's tiles of L1: visit(group, tile), group by group.
+// This block's share of what a launch with so many rows left in a box.
+__device__ __forceinline__ void empty_rows(int rows, Box& box) {
+    empty_share(box.h, rows * sizeof(box.h[0]));
+#if ACTIVATIONS != BF16
+    empty_share(box.x, ACTIVATIONS == STATIC ? rows * sizeof(box.x[0]) : sizeof(box.x));
+    empty_share(box.whole_h, rows * sizeof(box.whole_h[0]));
+#if ACTIVATIONS != STATIC
+    empty_share(box.amax, rows * sizeof(box.amax[0]));
+#endif
+    empty_share(&box.blocks_with_x, 16);
+#endif
+}
+
+// The slot whose row a consumer's lane multiplies: a token that is not in the group has the asker's, and nobody asks for
+// what becomes of it.
+__device__ __forceinline__ int slot_read(const Group& group, int token) {
+    const int slot = group.slots[token];
+    return slot == NOBODY ? group.slots[group.asker] : slot;
+}
+
+// This block's n-th of `tiles` of L1, which are all groups' one after the other: they are dealt one by one. With STATIC x is
+// another in each group, so tiles are dealt in runs, as long as there are runs for all blocks; but for the first group's,
+// whose weights may be asked for before groups are known.
+constexpr int RUN = ACTIVATIONS == STATIC ? 8 : 1;
+__device__ __forceinline__ int tile_at(int n, int tiles) {
+    const int blocks = gridDim.x, alone = (L1::tiles + blocks - 1) / blocks, first = alone + (n - alone) / RUN * RUN;
+    if (RUN == 1 || n < alone || (first + RUN) * blocks > tiles) return n * blocks + blockIdx.x;
+    return first * blocks + blockIdx.x * RUN + n - first;
+}
+
+// This block's tiles of L1: visit(group, tile, next), group by group; next: the group of its next tile, or this one.
 template <class Visit>
-__device__ __forceinline__ void each_tile(int group, int groups, Visit visit) {
-    for (int i = group * L1::tiles + blockIdx.x; i < groups * L1::tiles; i += gridDim.x) visit(i / L1::tiles, i % L1::tiles);
+__device__ __forceinline__ void each_tile(int groups, Visit visit) {
+    const int tiles = groups * L1::tiles;
+    int upcoming = tile_at(0, tiles);
+    for (int n = 1; upcoming < tiles; n++) {
+        const int tile = upcoming;
+        upcoming = tile_at(n, tiles);
+        visit(tile / L1::tiles, tile % L1::tiles, (upcoming < tiles ? upcoming : tile) / L1::tiles);
+    }
 }
 
 // h of a tile, rows g = lane / 4 and tokens 2 c, 2 c + 1, to the mailbox.
@@ -170,6 +239,29 @@ __device__ __forceinline__ void post_h(int tile, const unsigned char (&slots)[TO
     const u32 pair = odd ? bf16_pair(got, h[1]) : bf16_pair(h[0], got);
     const int slot = slots[lane % 4 * 2 + odd];
     if (slot != NOBODY) post(&box.h[slot][pair_position(tile * 8 + g - odd)], pair);
+}
+
+#if ACTIVATIONS != BF16
+#include "entering.cuh"
+#include "routed_entering.cuh"
+#endif
+
+// What a group's sums of a token are multiplied by beside the weights' scale: the activations', of x or of h.
+__device__ __forceinline__ float scale_of_x(const Shared& shared, int slot, int token) {
+#if ACTIVATIONS == BF16
+    return 1.0f;
+#elif ACTIVATIONS == STATIC
+    return slot == NOBODY ? 1.0f : shared.x_scale[slot];
+#else
+    return shared.token_scale[0][token];
+#endif
+}
+__device__ __forceinline__ float scale_of_h(const Shared& shared, int slot) {
+#if ACTIVATIONS == BF16
+    return 1.0f;
+#else
+    return shared.h_scale[slot];
+#endif
 }
 
 // A token's rows of this block's tiles, in the order of its slots. A lane has two tokens and two rows, whose slots it goes
@@ -211,6 +303,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
         make_pipeline(shared.pipeline);
         barrier_init(shared_address(&shared.has_groups), WARP_ARRIVALS);
         barrier_init(shared_address(&shared.has_scales), WARP_ARRIVALS);
+#if ACTIVATIONS != BF16
+        shared.groups_with_scales = shared.has_all_x = 0;
+        for (int i = 0; i < TOKENS; i++) shared.amax[0][i] = 0;
+#endif
         barriers_are_made();
     }
     __syncthreads();
@@ -226,17 +322,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
         if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
             const unsigned char* always = arguments.shared.gate_up;  // does not depend on what ran before; all else may
-            if (always)
-                each_tile(0, 1, [&](int, int tile) {
-                    produce_tile<L1>(always + (size_t)tile * L1::tile_bytes, shared.pipeline, ring);
-                });
+            auto produce = [&](const unsigned char* from, int tile) {
+                produce_tile<L1>(from + (size_t)tile * L1::tile_bytes, shared.pipeline, ring);
+            };
+            for (int tile = blockIdx.x; always && tile < L1::tiles; tile += gridDim.x) produce(always, tile);
             const int groups = group_count();
-            // Tiles go on where the shared expert's ended.
-            for (int i = blockIdx.x; i < groups * L1::tiles; i += gridDim.x) {
-                if (always && i < L1::tiles) continue;
-                const unsigned char* from = shared.groups[i / L1::tiles].gate_up;
-                produce_tile<L1>(from + (size_t)(i % L1::tiles) * L1::tile_bytes, shared.pipeline, ring);
-            }
+            each_tile(groups, [&](int group, int tile, int) {
+                if (!always || group) produce(shared.groups[group].gate_up, tile);
+            });
             for (int group = 0; group < groups; group++)
                 for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
                     produce_tile<L2>(shared.groups[group].down + (size_t)tile * L2::tile_bytes, shared.pipeline, ring);
@@ -245,10 +338,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             if (turn) find_groups(arguments, shared);
             const int token = lane % 4 * 2, row = lane / 4, groups = group_count();
             Box& box = arguments.mailbox->boxes[shared.box];
-            if (groups && !turn) empty_share(arguments.mailbox->boxes[1 - shared.box]);
             barrier_wait(shared_address(&shared.has_scales), 0);
             Ring<2> partial;
-            each_tile(0, groups, [&](int group, int tile) {
+            each_tile(groups, [&](int group, int tile, int) {
                 const Ring<2> this_one = partial;
                 partial.next();
                 if (this_one.slot != turn) return;
@@ -259,13 +351,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
                 for (int i = 0; i < 2; i++) {
                     const int slot = of.slots[token + i];
                     const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
-                    h[i] = swiglu(gate * of.gate_scale, up * of.up_scale, arguments.limit);
+                    const float scale = scale_of_x(shared, slot, token + i);
+                    h[i] = swiglu(gate * (scale * of.gate_scale), up * (scale * of.up_scale), arguments.limit);
                     if (slot != NOBODY) h[i] *= shared.weight_of_slot[slot];
                 }
+#if ACTIVATIONS == BF16
                 post_h(tile, of.slots, h, box);
+#else
+                post_whole_h(tile, of.slots, h, box);
+#endif
             });
             for (int group = 0; group < groups; group++) {
                 const Group& of = shared.groups[group];
+#if ACTIVATIONS == DYNAMIC || ACTIVATIONS == PER_TOKEN
+                while ((int)load_acquire(shared_address(&shared.groups_with_scales)) <= group);
+#endif
                 for (int tile = blockIdx.x, n = 0; tile < L2::tiles; tile += gridDim.x, n++, partial.next()) {
                     if (partial.slot != turn) continue;
                     const float4 sum = reduce_tile(shared.pipeline, partial);
@@ -273,45 +373,64 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
                     for (int i = 0; i < 2; i++) {
                         const int slot = of.slots[token + i];
                         if (slot == NOBODY) continue;
-                        shared.rows[n][slot][row] = (i ? sum.y : sum.x) * UNPACKED * of.down_scale;
-                        shared.rows[n][slot][row + 8] = (i ? sum.w : sum.z) * UNPACKED * of.down_scale;
+                        const float scale = scale_of_h(shared, slot) * of.down_scale;
+                        shared.rows[n][slot][row] = (i ? sum.y : sum.x) * UNPACKED * scale;
+                        shared.rows[n][slot][row + 8] = (i ? sum.w : sum.z) * UNPACKED * scale;
                     }
                 }
             }
             sync_threads(2, 64);  // the other one's rows are there
             add_slots(arguments, shared, turn);
             // This block has a word of each; with no group it has not, but then nothing was handed over.
-            if (groups && blockIdx.x == 0 && lane == 0 && !turn) arguments.mailbox->launches = 1 - shared.box;
+            if (groups && blockIdx.x == 0 && lane == 0 && !turn) {
+                arguments.mailbox->launches = 1 - shared.box;
+                arguments.mailbox->rows[shared.box] = arguments.tokens * (arguments.top_k + 1);
+            }
+        } else if (warp == ENTERER) {
+            const int groups = group_count();
+            Box& box = arguments.mailbox->boxes[shared.box];
+#if ACTIVATIONS == STATIC
+            barrier_wait(shared_address(&shared.has_scales), 0);
+            if (groups) post_x_of_slots(arguments, shared, box);
+#endif
+            if (groups) empty_rows(shared.rows_before, arguments.mailbox->boxes[1 - shared.box]);
+#if ACTIVATIONS != BF16
+            enter_h(groups, shared, box);
+#endif
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
         Ring<STAGES> ring;
         Ring<2> partial;
+        auto nothing = [](int) {};
+#if ACTIVATIONS == BF16
         {
             Fragment fragments[L1::stages];
             enter_bf16<L1>(arguments.x, arguments.tokens, fragments);
-            each_tile(0, group_count(), [&](int, int) {
-                consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, [](int) {});
+            each_tile(group_count(), [&](int, int, int) {
+                consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
             });
         }
+#else
+        {
+            Box& box = arguments.mailbox->boxes[launch_number(*arguments.mailbox) % 2];
+            post_x(arguments, shared, box, group_count);
+            multiply_entered(group_count(), warp, arguments.tokens, shared, box, offsets, ring, partial);
+        }
+#endif
         const int groups = shared.group_count;
         const Box& box = arguments.mailbox->boxes[shared.box];
-        auto inbox_of = [&](int group) {
-            const int slot = shared.groups[group].slots[lane / 4];
-            return Inbox<L2>(slot == NOBODY ? nullptr : box.h[slot]);
-        };
+        auto inbox_of = [&](int group) { return Inbox<L2, true>(box.h[slot_read(shared.groups[group], lane / 4)]); };
         Fragment fragments[L2::stages], upcoming[L2::stages];
         if (groups) inbox_of(0).look_at_all(upcoming);
         for (int group = 0; group < groups; group++) {
 #pragma unroll
             for (int stage = 0; stage < L2::stages; stage++) fragments[stage] = upcoming[stage];
             if (group + 1 < groups) inbox_of(group + 1).look_at_all(upcoming);
-            const Inbox<L2> inbox = inbox_of(group);
+            inbox_of(group).await_all(fragments, shared.groups[group].asker);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                consume_tile<L2>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
-                    if (tile == blockIdx.x) inbox.await(stage, fragments[stage], shared.groups[group].asker);
-                });
+                consume_tile<L2>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
         }
     }
 }

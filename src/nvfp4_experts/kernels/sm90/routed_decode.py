@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts for few tokens on Hopper, bf16 activations: routed_decode.cu, one launch for all experts that are hit.
+"""Routed experts for few tokens on Hopper, bf16 and nvfp4: routed_decode.cu, one launch for all experts that are hit.
 
 A shared expert may be one more group of the launch.
 """
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ...layouts.fragments import ROWS
-from ..dispatch import Call, Routing
+from ..dispatch import Beside, Call, Routing
 from ..target import target_of
-from .backend import PARTIAL_BYTES, SMALL_BYTES, STAGE_BYTES, STAGES, THREADS
+from .backend import MODE, PARTIAL_BYTES, SMALL_BYTES, STAGE_BYTES, STAGES, THREADS
 from .compile import compile_all, launch_structure, load_kernel
 from .config import SHARED_BYTES
 from .gemm import OUT
+from .grouped import mode_of
 from .mailbox import ROUTED_SLOTS, mailbox_bytes, mailboxes, routed_box
 
 _TOKENS, _CHOICES = 8, 64  # of routed_decode.cu
@@ -38,26 +39,24 @@ def fits(hidden: int, intermediate: int, device: torch.device) -> bool:
 
 
 def routed_experts(
-    x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor, shared: list[Tensor] | None = None
+    x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor, beside: Beside | None = None
 ) -> None:
-    """x (T, H) to out (T, H), which may be fp32; bf16 activations alone.
+    """x (T, H) to out (T, H), which may be fp32; not for "fp8".
 
     Args:
         weights: as stacks of what `Sm90Backend.pack` makes.
-        shared: what it makes of a shared expert of the same I; None: there is none.
+        beside: a shared expert of the same I and format, packed so too, and its call; None: there is none.
     """
-    gate_up, global_scales, row_amax, down, down_global_scales, _ = weights
-    hidden, size = x.shape[1], row_amax.shape[2]
-    kernel = _kernel(hidden, size, x.dtype, out.dtype, routing.indices.dtype, x.device)
-    box = routed_box(size)
+    hidden, size, mode = x.shape[1], weights[2].shape[2], mode_of(call)
+    kernel = _kernel(hidden, size, mode, x.dtype, out.dtype, routing.indices.dtype, x.device)
     arguments = struct.pack(
-        "<13Q4if4x",
+        "<17Q4if4x",
         *_addresses(x, routing.indices, routing.weights),
-        *_addresses(gate_up, down, global_scales, down_global_scales),
-        *((0, 0, 0, 0) if shared is None else _addresses(*(shared[i] for i in (0, 3, 1, 4)))),
-        *_addresses(mailboxes(x.device, box).current(), out),
+        *_expert(weights, call),
+        *((0,) * 6 if beside is None else _expert(beside.weights, beside.call)),
+        *_addresses(_mailbox(hidden, size, mode, x.device), out),
         *routing.indices.shape,
-        len(gate_up),
+        len(weights[0]),
         int(routing.weighting == "before_down"),
         call.clamp,
     )
@@ -65,40 +64,53 @@ def routed_experts(
     launch_structure(kernel, *shape, arguments, x.device, together=True)
 
 
-def prepare(hidden: int, intermediate: int, device: torch.device) -> None:
-    """Compile and load what `routed_experts` runs for bf16 hidden states, and make a mailbox."""
-    kinds = list(itertools.product((torch.bfloat16, torch.float32), (torch.int32, torch.int64)))
+def prepare(hidden: int, intermediate: int, modes: tuple[str, ...], device: torch.device) -> None:
+    """Compile and load what `routed_experts` runs for bf16 hidden states, and make mailboxes."""
+    results, indices = (torch.bfloat16, torch.float32), (torch.int32, torch.int64)
+    kinds = list(itertools.product(modes, (torch.bfloat16,), results, indices))
     tiles = _tiles(hidden, intermediate, device)
-    every = [macros_of(hidden, intermediate, torch.bfloat16, *kind, tiles) for kind in kinds]
-    compile_all(("routed_decode.cu", macros) for macros in every)
+    compile_all(("routed_decode.cu", macros_of(hidden, intermediate, *kind, tiles)) for kind in kinds)
     for kind in kinds:
-        _kernel(hidden, intermediate, torch.bfloat16, *kind, device)
-    mailboxes(device, routed_box(intermediate)).current()
+        _kernel(hidden, intermediate, *kind, device)
+    for mode in modes:
+        _mailbox(hidden, intermediate, mode, device)
 
 
 def macros_of(
-    hidden: int, intermediate: int, x: torch.dtype, out: torch.dtype, index: torch.dtype, tiles: int
+    hidden: int, intermediate: int, mode: str, x: torch.dtype, out: torch.dtype, index: torch.dtype, tiles: int
 ) -> tuple[tuple[str, int], ...]:
     """What routed_decode.cu is compiled with; tiles: the most of a block in the second half."""
     return (
         ("HIDDEN", hidden),
         ("INTERMEDIATE", intermediate),
+        ("ACTIVATIONS", MODE[mode]),
         ("ELEMENT", OUT[x]),
         ("RESULT", OUT[out]),
         ("INDEX", int(index == torch.int64)),
         ("TILES", tiles),
         ("STAGES", STAGES),
         ("SHARED_BYTES", _shared_bytes(tiles)),
-        ("MAILBOX_BYTES", mailbox_bytes(routed_box(intermediate))),
+        ("MAILBOX_BYTES", mailbox_bytes(routed_box(hidden, intermediate, mode))),
     )
 
 
 def _kernel(
-    hidden: int, intermediate: int, x: torch.dtype, out: torch.dtype, index: torch.dtype, device: torch.device
+    hidden: int,
+    intermediate: int,
+    mode: str,
+    x: torch.dtype,
+    out: torch.dtype,
+    index: torch.dtype,
+    device: torch.device,
 ) -> Any:
     tiles = _tiles(hidden, intermediate, device)
-    macros = macros_of(hidden, intermediate, x, out, index, tiles)
+    macros = macros_of(hidden, intermediate, mode, x, out, index, tiles)
     return load_kernel("routed_experts_decode", "routed_decode.cu", macros, device, _shared_bytes(tiles))
+
+
+def _mailbox(hidden: int, intermediate: int, mode: str, device: torch.device) -> Tensor:
+    layout = hidden, intermediate, mode
+    return mailboxes(device, routed_box(*layout), layout).current()
 
 
 def _blocks(intermediate: int, device: torch.device) -> int:
@@ -115,6 +127,13 @@ def _shared_bytes(tiles: int) -> int:
     """Of Shared: the ring, partial sums of two tiles, rows of the block's tiles, groups, and the small rest."""
     rows = tiles * ROUTED_SLOTS * ROWS * 4
     return STAGES * STAGE_BYTES + PARTIAL_BYTES + rows + (_CHOICES + 1) * _GROUP_BYTES + 2 * SMALL_BYTES
+
+
+def _expert(weights: list[Tensor], call: Call) -> tuple[int, ...]:
+    """Expert of routed_decode.cu."""
+    gate_up, global_scales, _, down, down_global_scales, _ = weights
+    static = (call.input_scale, call.hidden_scale) if mode_of(call) == "static" else (None, None)
+    return _addresses(gate_up, down, global_scales, down_global_scales, *static)
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:

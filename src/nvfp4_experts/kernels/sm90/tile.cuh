@@ -7,7 +7,13 @@
 // Activations stay in the consumers' registers as B fragments.
 // Needs STAGES.
 
-constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, COPIER = 18, THREADS = 20 * 32;  // one warp idles
+// ACTIVATIONS: bf16, or NVFP4 by whose scale.
+#define BF16 0
+#define STATIC 1
+#define DYNAMIC 2
+#define PER_TOKEN 3
+
+constexpr int CONSUMERS = 16, PRODUCER = 16, REDUCER = 17, COPIER = 18, ENTERER = 19, THREADS = 20 * 32;
 constexpr int TOKENS = 8;
 constexpr int STAGE_BYTES = CONSUMERS * CHUNK_BYTES;
 constexpr int BLOCK = 16;
