@@ -51,7 +51,7 @@ def test_bytes() -> None:
 
 
 def test_bytes_of_routed_experts() -> None:
-    """Rows of 64 slots and 8 of a shared expert: h in bf16. NVFP4: h in fp32 and x in bf16 too, and a count of blocks."""
+    """Rows of 64 slots and 8 of a shared expert: h in bf16; NVFP4: h in fp32, x in bf16 and a count of blocks too."""
     assert routed_box(144, 80, "bf16") == 72 * 2 * 128
     assert routed_box(144, 80, "static") == 72 * (2 * 128 + 4 * 80 + 2 * 192) + 16
     for mode in ("dynamic", "per_token"):  # x by token; and amax of 10 tiles, in 12 words
