@@ -62,8 +62,8 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 rows x 64 columns against this warp's 8 tokens. have_read(): called when codes and scales are in registers for
-// certain, since a product has been made of them: loads that have been issued may still be waiting their turn.
+// 16 rows x 64 columns against this warp's 8 tokens. have_read(word): called with a word that was made of codes and scales;
+// when it is there, both have been read.
 template <class HaveRead>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, u32 offsets,
                                                const Fragment& fragment, HaveRead have_read) {
@@ -72,7 +72,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes,
 #pragma unroll
     for (int j = 0; j < 4; j++) {
         multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
-        if (j == 0) have_read();
+        if (j == 0) have_read(a[0][0]);
     }
 }
 
@@ -108,11 +108,11 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 o
             scales = load_8(from + CODE_BYTES + lane / 4 * 8);
         }
         begin(stage);
-        auto release = [&] { barrier_arrive_warp(empty + ring.slot * BARRIER_BYTES); };
+        auto release = [&](u32 word) { barrier_arrive_warp_with(word, offsets & ~SCALE_OFFSETS, empty + ring.slot * BARRIER_BYTES); };
         if (has_chunk)
             multiply_chunk(sums, codes, scales, offsets, fragments[stage], release);
         else
-            release();
+            release(0);
     }
     barrier_wait(shared_address(&pipeline.partial_empty[partial.slot]), partial.parity ^ 1);
     pipeline.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
