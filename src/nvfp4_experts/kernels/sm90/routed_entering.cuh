@@ -164,7 +164,7 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
             consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
             return;
         }
-        awaits = load_acquire(shared_address(&shared.has_all_x)) == 0;
+        awaits = __any_sync(~0u, load_acquire(shared_address(&shared.has_all_x)) == 0);  // by all lanes or none
         inbox = x_of(next);
         consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
             if (stage) inbox.look(stage - 1, fragments[stage - 1]);

@@ -1,0 +1,374 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a translated kernel runs on. Threads are fibers of one host thread. A fiber goes on until it asks for something that
+// others may change (a word that is peeked at, a barrier) or meets its warp; then one of another warp goes on, drawn by chance.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __restrict__
+#define __align__(n) alignas(n)
+#define __grid_constant__
+
+struct uint2 {
+    unsigned x, y;
+};
+struct int2 {
+    int x, y;
+};
+struct float2 {
+    float x, y;
+};
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct int4 {
+    int x, y, z, w;
+};
+struct float4 {
+    float x, y, z, w;
+};
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace machine {
+
+using u32 = uint32_t;
+using u64 = uint64_t;
+constexpr int LANES = 32, WORDS = 12;
+
+struct Index {
+    unsigned x, y, z;
+};
+
+// Where threads meet: whoever comes last opens it.
+struct Meeting {
+    int arrived = 0;
+    u32 generation = 0;
+};
+
+struct Warp {
+    Meeting meeting;
+    u32 words[2][LANES][WORDS];  // that lanes show each other, of this meeting and the one before
+};
+
+struct Block {
+    std::vector<unsigned char> room;
+    unsigned char* shared;
+    std::vector<Warp> warps;
+    std::map<int, Meeting> barriers;
+};
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    Index thread, block;
+    Block* home;
+    Warp* warp;
+    const Meeting* waits_at = nullptr;
+    u32 generation = 0;
+    bool done = false;
+};
+
+// A copy on its way into shared memory.
+struct Copy {
+    Block* to;
+    u32 place, bytes, barrier;
+    const void* from;
+};
+
+struct Barrier {  // an mbarrier
+    int16_t pending, count;
+    int32_t bytes : 31;
+    u32 phase : 1;
+};
+static_assert(sizeof(Barrier) == 8);
+
+inline ucontext_t scheduler;
+inline Fiber* self;
+inline Index grid;
+inline std::vector<Copy> copies;
+inline u64 state;
+
+inline u32 draw(u32 below) {
+    state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+    return (u32)(state >> 32) % below;
+}
+
+__attribute__((noinline)) inline void yield() { swapcontext(&self->context, &scheduler); }
+
+inline void meet(Meeting& meeting, int threads) {
+    const u32 generation = meeting.generation;
+    if (++meeting.arrived == threads) {
+        meeting.arrived = 0, meeting.generation++;
+        return;
+    }
+    self->waits_at = &meeting, self->generation = generation;
+    yield();
+    self->waits_at = nullptr;
+}
+
+inline int lane() { return self->thread.x % LANES; }
+
+// All lanes show their words; returns everybody's.
+template <int N>
+inline u32 (*show(const u32 (&words)[N]))[WORDS] {
+    static_assert(N <= WORDS);
+    u32(*all)[WORDS] = self->warp->words[self->warp->meeting.generation % 2];
+    std::copy(words, words + N, all[lane()]);
+    meet(self->warp->meeting, LANES);
+    return all;
+}
+
+inline Barrier& barrier_at(Block* block, u32 place) { return *reinterpret_cast<Barrier*>(block->shared + place); }
+inline void complete(Barrier& barrier) {
+    if (barrier.pending == 0 && barrier.bytes == 0) barrier.phase ^= 1, barrier.pending = barrier.count;
+}
+
+inline void finish_a_copy() {
+    const size_t which = draw(copies.size());
+    const Copy copy = copies[which];
+    copies.erase(copies.begin() + which);
+    std::memcpy(copy.to->shared + copy.place, copy.from, copy.bytes);
+    Barrier& barrier = barrier_at(copy.to, copy.barrier);
+    barrier.bytes = barrier.bytes - (int)copy.bytes;
+    complete(barrier);
+}
+
+inline void (*body)(const void*);
+inline const void* arguments;
+inline void enter() {
+    body(arguments);
+    self->done = true;
+    yield();
+}
+
+// False: nobody went on for too long, or what should be empty at the end was not.
+inline bool run(void (*kernel)(const void*), const void* given, int blocks, int threads, int shared_bytes, u64 seed) {
+    constexpr int STACK = 1 << 17;
+    state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = {(unsigned)blocks, 1, 1}, copies.clear();
+    std::vector<Block> all(blocks);
+    std::vector<Fiber> fibers(blocks * threads);
+    for (int b = 0; b < blocks; b++) {
+        Block& block = all[b];
+        block.room.assign(shared_bytes + 1024, 0xA5);
+        block.shared = (unsigned char*)(((uintptr_t)block.room.data() + 1023) / 1024 * 1024);
+        block.warps.resize(threads / LANES);
+        for (int t = 0; t < threads; t++) {
+            Fiber& fiber = fibers[b * threads + t];
+            fiber.stack.reset(new char[STACK]);
+            fiber.thread = {(unsigned)t, 0, 0}, fiber.block = {(unsigned)b, 0, 0};
+            fiber.home = &block, fiber.warp = &block.warps[t / LANES];
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK;
+            fiber.context.uc_link = nullptr;
+            makecontext(&fiber.context, enter, 0);
+        }
+    }
+    const int warps = blocks * threads / LANES;
+    std::vector<int> patience(warps, 1);  // a warp's share of turns, drawn anew now and then
+    int left = fibers.size();
+    for (u64 turn = 0; left; turn++) {
+        if (turn > 4'000'000) {
+            for (size_t i = 0; i < fibers.size(); i++) if (!fibers[i].done) fprintf(stderr, "block %zu thread %zu waits %d\n", i / threads, i % threads, fibers[i].waits_at != nullptr);
+            fprintf(stderr, "copies %zu left %d\n", copies.size(), left); return false; }
+        if (turn % 4096 == 0)
+            for (int& share : patience) share = draw(4) ? 1 : 1 + draw(40);
+        if (!copies.empty() && draw(24) == 0) finish_a_copy();
+        const int warp = draw(warps);
+        if (draw(patience[warp])) continue;
+        for (int i = warp * LANES; i < (warp + 1) * LANES; i++) {
+            Fiber& fiber = fibers[i];
+            if (fiber.done || (fiber.waits_at && fiber.waits_at->generation == fiber.generation)) continue;
+            self = &fiber;
+            swapcontext(&scheduler, &fiber.context);
+            left -= fiber.done;
+        }
+    }
+    return copies.empty();
+}
+
+}  // namespace machine
+
+#define threadIdx (machine::self->thread)
+#define blockIdx (machine::self->block)
+#define gridDim (machine::grid)
+
+// --- CUDA's functions ------------------------------------------------------------------------------------------------
+
+inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
+inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline int __popc(unsigned v) { return std::popcount(v); }
+inline int __ffs(unsigned v) { return v ? std::countr_zero(v) + 1 : 0; }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, int by) { return (unsigned)((((uint64_t)high << 32 | low) << by) >> 32); }
+template <class T>
+inline T __ldcg(const T* from) { return *from; }
+inline size_t __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - machine::self->home->shared; }
+template <class A, class B>
+inline auto min(A a, B b) { return b < a ? b : a; }
+template <class A, class B>
+inline auto max(A a, B b) { return a < b ? b : a; }
+inline unsigned atomicMax(unsigned* to, unsigned v) {
+    const unsigned before = *to;
+    *to = std::max(before, v);
+    return before;
+}
+
+inline void __syncwarp() { machine::show<1>({0}); }
+inline void __syncthreads() { machine::meet(machine::self->home->barriers[0], machine::self->home->warps.size() * machine::LANES); }
+template <class T>
+inline T shuffle(T v, int from) {
+    return std::bit_cast<T>(machine::show<1>({std::bit_cast<unsigned>(v)})[from][0]);
+}
+template <class T>
+inline T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
+template <class T>
+inline T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, machine::lane() ^ mask); }
+inline unsigned __ballot_sync(unsigned, bool v) {
+    const auto all = machine::show<1>({v});
+    unsigned set = 0;
+    for (int i = 0; i < machine::LANES; i++) set |= all[i][0] << i;
+    return set;
+}
+inline bool __any_sync(unsigned mask, bool v) { return __ballot_sync(mask, v) != 0; }
+inline unsigned __reduce_max_sync(unsigned, unsigned v) {
+    const auto all = machine::show<1>({v});
+    for (int i = 0; i < machine::LANES; i++) v = std::max(v, all[i][0]);
+    return v;
+}
+
+// --- instructions, by their names ------------------------------------------------------------------------------------
+
+namespace ptx {
+using namespace machine;
+typedef uint16_t u16;
+
+inline float from_half(u16 v) { return (float)std::bit_cast<_Float16>(v); }
+inline u16 to_half(float v) { return std::bit_cast<u16>((_Float16)v); }
+inline u16 to_bf16(float v) {
+    if (std::isnan(v)) return 0x7FFF;
+    const u32 bits = std::bit_cast<u32>(v);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+inline float from_bf16(u32 v) { return std::bit_cast<float>(v << 16); }
+inline u32 to_e4m3(float v) {  // of v >= 0 or NaN
+    if (std::isnan(v)) return 0x7F;
+    if (v >= 448) return 0x7E;
+    const int exponent = std::max(v > 0 ? std::ilogb(v) : -9, -6);
+    const u32 steps = (u32)std::nearbyint(std::ldexp(v, 3 - exponent));  // 8 .. 16 of a binade; below 8: subnormal
+    return steps + 8 * (exponent + 6);
+}
+inline float from_e4m3(u32 v) {
+    if (v % 128 == 127) return NAN;
+    const int exponent = v / 8 % 16, mantissa = v % 8;
+    return exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
+}
+
+inline void cvt_f32_f16(float& to, u16 v) { to = from_half(v); }
+inline void cvt_rn_bf16_f32(u16& to, float v) { to = to_bf16(v); }
+inline void cvt_rn_f16_f32(u16& to, float v) { to = to_half(v); }
+inline void cvt_rn_bf16x2_f32(u32& to, float high, float low) { to = (u32)to_bf16(high) << 16 | to_bf16(low); }
+inline void cvt_rn_satfinite_e4m3x2_f32(u16& to, float, float low) { to = to_e4m3(low); }
+inline void cvt_rn_f16x2_e4m3x2(u32& to, u16 v) { to = to_half(from_e4m3(v & 255)); }
+inline void min_NaN_f32(float& v, float limit) { v = std::isnan(v) ? v : std::min(v, limit); }
+inline void max_NaN_f32(float& v, float limit) { v = std::isnan(v) ? v : std::max(v, limit); }
+inline void ex2_approx_ftz_f32(float& to, float v) { to = std::exp2(v); }
+inline void rcp_approx_ftz_f32(float& to, float v) { to = 1.0f / v; }
+inline u32 bf16x2_times(u32 pair, float v) {
+    return (u32)to_bf16(from_bf16(pair >> 16) * v) << 16 | to_bf16(from_bf16(pair & 0xFFFF) * v);
+}
+inline void mul_rn_bf16x2_low(u32& to, u32 pair, u32 scales) { to = bf16x2_times(pair, from_bf16(scales & 0xFFFF)); }
+inline void mul_rn_bf16x2_high(u32& to, u32 pair, u32 scales) { to = bf16x2_times(pair, from_bf16(scales >> 16)); }
+
+inline const u32* shared_words(u32 place) { return reinterpret_cast<const u32*>(self->home->shared + place); }
+inline void ld_shared_v4_u32(u32& x, u32& y, u32& z, u32& w, u32 from) {
+    const u32* v = shared_words(from);
+    x = v[0], y = v[1], z = v[2], w = v[3];
+}
+inline void ld_shared_v2_u32(u32& x, u32& y, u32 from) { x = shared_words(from)[0], y = shared_words(from)[1]; }
+inline void ld_shared_u32(u32& v, u32 from) { v = *shared_words(from); }
+inline void ld_shared_u16(u16& v, u32 from) { v = (u16)*shared_words(from); }
+inline void st_release_cta_shared_cta_u32(u32 to, u32 v) { *reinterpret_cast<u32*>(self->home->shared + to) = v; }
+inline void ld_acquire_cta_shared_cta_u32(u32& v, u32 from) { yield(), v = *shared_words(from); }
+
+inline void mbarrier_init_shared_cta_b64(u32 at, u32 count) {
+    barrier_at(self->home, at) = {(int16_t)count, (int16_t)count, 0, 0};
+}
+inline void fence_mbarrier_init_release_cluster() {}
+inline void mbarrier_arrive_shared_cta_b64(u32 at) {
+    Barrier& barrier = barrier_at(self->home, at);
+    barrier.pending--;
+    complete(barrier);
+}
+inline void mbarrier_arrive_expect_tx_shared_cta_b64(u32 at, u32 bytes) {
+    Barrier& barrier = barrier_at(self->home, at);
+    barrier.bytes = barrier.bytes + (int)bytes;
+    mbarrier_arrive_shared_cta_b64(at);
+}
+inline void mbarrier_try_wait_parity_shared_cta_b64(u32 at, u32 parity) {
+    while (barrier_at(self->home, at).phase == parity) yield();
+}
+inline void bar_sync(u32 name, u32 threads) { meet(self->home->barriers[name], threads); }
+inline void griddepcontrol_launch_dependents() {}
+inline void griddepcontrol_wait() {}
+inline void setmaxnreg_dec_sync_aligned_u32() {}
+inline void setmaxnreg_inc_sync_aligned_u32() {}
+inline void nanosleep_u32() { yield(); }
+inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+    copies.push_back({self->home, to, bytes, barrier, from});
+}
+
+// Of sources that are read whole, but of no kernel that is run.
+template <class... Operands>
+inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(Operands...) { std::abort(); }
+template <class... Operands>
+inline void cp_async_bulk_tensor_3d_shared_cluster_global_mbarrier_complete_tx_bytes(Operands...) { std::abort(); }
+template <class... Operands>
+inline void mbarrier_try_wait_parity_acquire_cluster_shared_cta_b64(Operands...) { std::abort(); }
+
+// Others' words in device memory: some time passes before they are looked at.
+inline void ld_relaxed_gpu_global_v4_u32(u32& x, u32& y, u32& z, u32& w, const void* from) {
+    yield();
+    const u32* v = (const u32*)from;
+    x = v[0], y = v[1], z = v[2], w = v[3];
+}
+inline void ld_relaxed_gpu_global_v2_u32(u32& x, u32& y, const void* from) { yield(), x = ((const u32*)from)[0], y = ((const u32*)from)[1]; }
+inline void ld_relaxed_gpu_global_u32(u32& v, const void* from) { yield(), v = *(const u32*)from; }
+inline void ld_acquire_gpu_global_u32(u32& v, const void* from) { yield(), v = *(const u32*)from; }
+inline void st_relaxed_gpu_global_u32(u32* to, u32 v) { *to = v; }
+inline void st_relaxed_gpu_global_v2_u32(u32* to, u32 x, u32 y) { to[0] = x, to[1] = y; }
+inline void red_release_gpu_global_add_u32(u32* to, u32 v) { *to += v; }
+
+// 16 x 16 times 16 x 8 of the warp, as PTX deals them out.
+inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2,
+                                                               u32 a3, u32 b0, u32 b1) {
+    const auto all = show<6>({a0, a1, a2, a3, b0, b1});
+    const int g = lane() / 4, c = lane() % 4;
+    float* sums[2][2] = {{&d0, &d1}, {&d2, &d3}};
+    auto value = [](u32 pair, int k) { return from_bf16(k % 2 ? pair >> 16 : pair & 0xFFFF); };
+    for (int h = 0; h < 2; h++)
+        for (int e = 0; e < 2; e++)
+            for (int k = 0; k < 16; k++) {
+                const u32 a = all[4 * g + k % 8 / 2][h + k / 8 * 2], b = all[4 * (2 * c + e) + k % 8 / 2][4 + k / 8];
+                *sums[h][e] += value(a, k) * value(b, k);
+            }
+}
+}  // namespace ptx

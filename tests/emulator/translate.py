@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel's CUDA C++ as C++ for machine.hpp, built and loaded.
+
+Every asm statement becomes a call of the function that machine.hpp names after its instruction, outputs first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+
+from nvfp4_experts.kernels.sm90.compile import source_of
+
+_HERE = Path(__file__).resolve().parent
+_UNUSED = re.compile(r"// --- clusters -.*?(?=// SPDX)", re.S)  # to the end of async.cuh: no kernel here has clusters or wgmma
+
+
+def translate(file: str) -> str:
+    """The C++ of a file of kernels/sm90 with one kernel that takes one structure."""
+    source = _calls(_UNUSED.sub("", source_of(file)))
+    source = source.replace("extern __shared__ __align__(128) unsigned char memory[];", "unsigned char* memory = machine::self->home->shared;")
+    name, kind = re.search(r'extern "C" __global__ void __launch_bounds__\(.*?\)\s*(\w+)\(const __grid_constant__ (\w+) ', source, re.S).groups()
+    source = re.sub(r'extern "C" __global__ void __launch_bounds__\(.*?\)', "static void", source, flags=re.S)
+    return f"""#include "machine.hpp"
+{source}
+static void body(const void* arguments) {{ {name}(*(const {kind}*)arguments); }}
+extern "C" int launch(const void* arguments, int blocks, int threads, int shared_bytes, unsigned long long seed) {{
+    return machine::run(body, arguments, blocks, threads, shared_bytes, seed);
+}}
+"""
+
+
+def build(file: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctypes.CDLL:
+    """The kernel as a library with `launch(arguments, blocks, threads, shared_bytes, seed)`, which is 1 if it ended."""
+    source, library = folder / "kernel.cpp", folder / "kernel.so"
+    source.write_text(translate(file))
+    command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w", f"-I{_HERE}"]
+    command += [f"-D{name}={value}" for name, value in macros]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _calls(source: str) -> str:
+    made, at = [], 0
+    for found in re.finditer(r"\basm(?: volatile)?\s*\(", source):
+        end = _closing(source, found.end() - 1)
+        made += [source[at : found.start()], _call(source[found.end() : end])]
+        at = end + 1
+    return "".join([*made, source[at:]])
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the bracket that opens at `at` closes; brackets in strings do not count."""
+    depth, quoted = 0, False
+    for i in range(at, len(text)):
+        quoted ^= text[i] == '"'
+        depth += not quoted and (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError("a bracket stays open")
+
+
+def _call(statement: str) -> str:
+    statement = statement.replace("\\n", " ")
+    template, _, operands = re.fullmatch(r'((?:\s*"[^"]*")*)(\s*:)?(.*)', statement, re.S).groups()
+    names = re.findall(r"(?<![.\w])[a-z]\w*(?:\.[\w:]+)+", template.replace("mov.b32", ""))
+    if not names:
+        return "(void)0"
+    name = re.sub(r"\W+", "_", names[-1])
+    if name == "mul_rn_bf16x2":
+        name += "_low" if "{l, l}" in template else "_high"
+    given = []
+    for operand in re.finditer(r'"[+=]?\w"\s*\(', operands):
+        given.append(operands[operand.end() : _closing(operands, operand.end() - 1)])
+    return f"ptx::{name}({', '.join(given)})"
