@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a translated kernel runs on. Threads are fibers of one host thread. A fiber goes on until it asks for something that
-// others may change (a word that is peeked at, a barrier) or meets its warp; then one of another warp goes on, drawn by chance.
+// What a translated kernel runs on, in C++17. Threads are fibers of one host thread. A fiber goes on until it asks for
+// something that others may change (a word that is peeked at, a barrier) or meets its warp; then those of a warp that is drawn
+// by chance do.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -73,14 +73,15 @@ struct Block {
 };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t beginning;
+    jmp_buf place;  // where it goes on
     std::unique_ptr<char[]> stack;
     Index thread, block;
     Block* home;
     Warp* warp;
     const Meeting* waits_at = nullptr;
     u32 generation = 0;
-    bool done = false;
+    bool begun = false, done = false;
 };
 
 // A copy on its way into shared memory.
@@ -97,7 +98,7 @@ struct Barrier {  // an mbarrier
 };
 static_assert(sizeof(Barrier) == 8);
 
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline Fiber* self;
 inline Index grid;
 inline std::vector<Copy> copies;
@@ -108,7 +109,25 @@ inline u32 draw(u32 below) {
     return (u32)(state >> 32) % below;
 }
 
-__attribute__((noinline)) inline void yield() { swapcontext(&self->context, &scheduler); }
+// To the scheduler and back; jumps, since they do not ask the operating system.
+__attribute__((noinline)) inline void yield() {
+    if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
+}
+__attribute__((noinline)) inline void go_on(Fiber& fiber) {
+    self = &fiber;
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.beginning);
+}
+
+template <class To, class From>
+inline To bits_of(From v) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    std::memcpy(&to, &v, sizeof(to));
+    return to;
+}
 
 inline void meet(Meeting& meeting, int threads) {
     const u32 generation = meeting.generation;
@@ -156,7 +175,7 @@ inline void enter() {
     yield();
 }
 
-// False: nobody went on for too long, or what should be empty at the end was not.
+// False: not all threads ended in a time that is enough for what the tests run, or a copy was still on its way.
 inline bool run(void (*kernel)(const void*), const void* given, int blocks, int threads, int shared_bytes, u64 seed) {
     constexpr int STACK = 1 << 17;
     state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = {(unsigned)blocks, 1, 1}, copies.clear();
@@ -172,19 +191,17 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
             fiber.stack.reset(new char[STACK]);
             fiber.thread = {(unsigned)t, 0, 0}, fiber.block = {(unsigned)b, 0, 0};
             fiber.home = &block, fiber.warp = &block.warps[t / LANES];
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.get(), fiber.context.uc_stack.ss_size = STACK;
-            fiber.context.uc_link = nullptr;
-            makecontext(&fiber.context, enter, 0);
+            getcontext(&fiber.beginning);
+            fiber.beginning.uc_stack.ss_sp = fiber.stack.get(), fiber.beginning.uc_stack.ss_size = STACK;
+            fiber.beginning.uc_link = nullptr;
+            makecontext(&fiber.beginning, enter, 0);
         }
     }
     const int warps = blocks * threads / LANES;
     std::vector<int> patience(warps, 1);  // a warp's share of turns, drawn anew now and then
     int left = fibers.size();
     for (u64 turn = 0; left; turn++) {
-        if (turn > 4'000'000) {
-            for (size_t i = 0; i < fibers.size(); i++) if (!fibers[i].done) fprintf(stderr, "block %zu thread %zu waits %d\n", i / threads, i % threads, fibers[i].waits_at != nullptr);
-            fprintf(stderr, "copies %zu left %d\n", copies.size(), left); return false; }
+        if (turn > 20'000'000) return false;
         if (turn % 4096 == 0)
             for (int& share : patience) share = draw(4) ? 1 : 1 + draw(40);
         if (!copies.empty() && draw(24) == 0) finish_a_copy();
@@ -193,8 +210,7 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
         for (int i = warp * LANES; i < (warp + 1) * LANES; i++) {
             Fiber& fiber = fibers[i];
             if (fiber.done || (fiber.waits_at && fiber.waits_at->generation == fiber.generation)) continue;
-            self = &fiber;
-            swapcontext(&scheduler, &fiber.context);
+            go_on(fiber);
             left -= fiber.done;
         }
     }
@@ -209,15 +225,15 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
 
 // --- CUDA's functions ------------------------------------------------------------------------------------------------
 
-inline unsigned __float_as_uint(float v) { return std::bit_cast<unsigned>(v); }
-inline float __uint_as_float(unsigned v) { return std::bit_cast<float>(v); }
+inline unsigned __float_as_uint(float v) { return machine::bits_of<unsigned>(v); }
+inline float __uint_as_float(unsigned v) { return machine::bits_of<float>(v); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
-inline int __popc(unsigned v) { return std::popcount(v); }
-inline int __ffs(unsigned v) { return v ? std::countr_zero(v) + 1 : 0; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
+inline int __ffs(unsigned v) { return __builtin_ffs(v); }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, int by) { return (unsigned)((((uint64_t)high << 32 | low) << by) >> 32); }
 template <class T>
 inline T __ldcg(const T* from) { return *from; }
@@ -236,7 +252,7 @@ inline void __syncwarp() { machine::show<1>({0}); }
 inline void __syncthreads() { machine::meet(machine::self->home->barriers[0], machine::self->home->warps.size() * machine::LANES); }
 template <class T>
 inline T shuffle(T v, int from) {
-    return std::bit_cast<T>(machine::show<1>({std::bit_cast<unsigned>(v)})[from][0]);
+    return machine::bits_of<T>(machine::show<1>({machine::bits_of<unsigned>(v)})[from][0]);
 }
 template <class T>
 inline T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
@@ -261,26 +277,32 @@ namespace ptx {
 using namespace machine;
 typedef uint16_t u16;
 
-inline float from_half(u16 v) { return (float)std::bit_cast<_Float16>(v); }
-inline u16 to_half(float v) { return std::bit_cast<u16>((_Float16)v); }
+// v >= 0, finite, to the nearest of a format with so many fraction bits, ties to even; and back.
+inline u32 encode(float v, int fraction, int bias) {
+    const int exponent = v > 0 ? std::max(std::ilogb(v), 1 - bias) : 1 - bias;
+    return (u32)std::nearbyint(std::ldexp(v, fraction - exponent)) + ((exponent + bias - 1) << fraction);
+}
+inline float decode(u32 bits, int fraction, int bias) {
+    const int exponent = bits >> fraction, mantissa = bits & ((1 << fraction) - 1);
+    return std::ldexp((float)(exponent ? mantissa + (1 << fraction) : mantissa), std::max(exponent, 1) - bias - fraction);
+}
+inline u16 to_half(float v) {
+    if (std::isnan(v)) return 0x7FFF;
+    return (std::signbit(v) ? 0x8000 : 0) | (std::fabs(v) < 65520 ? encode(std::fabs(v), 10, 15) : 0x7C00);
+}
+inline float from_half(u16 v) {
+    const u32 magnitude = v & 0x7FFF;
+    const float found = magnitude > 0x7C00 ? NAN : magnitude == 0x7C00 ? INFINITY : decode(magnitude, 10, 15);
+    return v >> 15 ? -found : found;
+}
 inline u16 to_bf16(float v) {
     if (std::isnan(v)) return 0x7FFF;
-    const u32 bits = std::bit_cast<u32>(v);
+    const u32 bits = bits_of<u32>(v);
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
-inline float from_bf16(u32 v) { return std::bit_cast<float>(v << 16); }
-inline u32 to_e4m3(float v) {  // of v >= 0 or NaN
-    if (std::isnan(v)) return 0x7F;
-    if (v >= 448) return 0x7E;
-    const int exponent = std::max(v > 0 ? std::ilogb(v) : -9, -6);
-    const u32 steps = (u32)std::nearbyint(std::ldexp(v, 3 - exponent));  // 8 .. 16 of a binade; below 8: subnormal
-    return steps + 8 * (exponent + 6);
-}
-inline float from_e4m3(u32 v) {
-    if (v % 128 == 127) return NAN;
-    const int exponent = v / 8 % 16, mantissa = v % 8;
-    return exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp((float)mantissa, -9);
-}
+inline float from_bf16(u32 v) { return bits_of<float>(v << 16); }
+inline u32 to_e4m3(float v) { return std::isnan(v) ? 0x7F : v < 464 ? encode(v, 3, 7) : 0x7E; }  // of v >= 0
+inline float from_e4m3(u32 v) { return v == 0x7F ? NAN : decode(v, 3, 7); }
 
 inline void cvt_f32_f16(float& to, u16 v) { to = from_half(v); }
 inline void cvt_rn_bf16_f32(u16& to, float v) { to = to_bf16(v); }

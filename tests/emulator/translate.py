@@ -14,18 +14,26 @@ from pathlib import Path
 from nvfp4_experts.kernels.sm90.compile import source_of
 
 _HERE = Path(__file__).resolve().parent
-_UNUSED = re.compile(r"// --- clusters -.*?(?=// SPDX)", re.S)  # to the end of async.cuh: no kernel here has clusters or wgmma
+_KERNEL = r'extern "C" __global__ void __launch_bounds__\([^)]*\)'
+_DYNAMIC_SHARED = "extern __shared__ __align__(128) unsigned char memory[];"
+_UNUSED = re.compile(
+    r"// --- clusters -.*?(?=// SPDX)", re.S
+)  # to the end of async.cuh: no kernel here has clusters or wgmma
 
 
 def translate(file: str) -> str:
-    """The C++ of a file of kernels/sm90 with one kernel that takes one structure."""
+    """The C++ of a file of kernels/sm90 with one kernel; its parameters are taken as one structure."""
     source = _calls(_UNUSED.sub("", source_of(file)))
-    source = source.replace("extern __shared__ __align__(128) unsigned char memory[];", "unsigned char* memory = machine::self->home->shared;")
-    name, kind = re.search(r'extern "C" __global__ void __launch_bounds__\(.*?\)\s*(\w+)\(const __grid_constant__ (\w+) ', source, re.S).groups()
-    source = re.sub(r'extern "C" __global__ void __launch_bounds__\(.*?\)', "static void", source, flags=re.S)
+    source = source.replace(_DYNAMIC_SHARED, "unsigned char* memory = machine::self->home->shared;")
+    name, parameters = re.search(rf"{_KERNEL}\s*(\w+)\((.*?)\) {{", source, re.S).groups()
+    source = re.sub(_KERNEL, "static void", source, flags=re.S)
+    declared = [re.fullmatch(r"(.*?)(\w+)", one.strip(), re.S).groups() for one in parameters.split(",")]
+    fields = " ".join(f"{kind} {field};" for kind, field in declared)
+    passed = ", ".join(f"given.{field}" for _, field in declared)
     return f"""#include "machine.hpp"
 {source}
-static void body(const void* arguments) {{ {name}(*(const {kind}*)arguments); }}
+struct Given {{ {fields} }};
+static void body(const void* arguments) {{ const Given& given = *(const Given*)arguments; {name}({passed}); }}
 extern "C" int launch(const void* arguments, int blocks, int threads, int shared_bytes, unsigned long long seed) {{
     return machine::run(body, arguments, blocks, threads, shared_bytes, seed);
 }}
@@ -36,7 +44,17 @@ def build(file: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctype
     """The kernel as a library with `launch(arguments, blocks, threads, shared_bytes, seed)`, which is 1 if it ended."""
     source, library = folder / "kernel.cpp", folder / "kernel.so"
     source.write_text(translate(file))
-    command = ["c++", "-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w", f"-I{_HERE}"]
+    command = [
+        "c++",
+        "-std=c++17",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        "-fno-strict-aliasing",
+        "-ffp-contract=off",
+        "-w",
+        f"-I{_HERE}",
+    ]
     command += [f"-D{name}={value}" for name, value in macros]
     subprocess.run([*command, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))

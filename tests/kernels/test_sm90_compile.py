@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import itertools
 import re
 import shutil
@@ -23,12 +24,14 @@ from nvfp4_experts.kernels.dispatch import ACTIVATIONS, Problem
 from nvfp4_experts.kernels.sm90 import backend, fp8, gemm, grouped, routed, routed_decode, routed_fp8
 from nvfp4_experts.kernels.sm90.compile import ARCHITECTURE, source_of
 from nvfp4_experts.kernels.target import Target
+from nvfp4_experts.layouts.fragments import ROWS
 
 pytestmark = pytest.mark.slow
 
 HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
 RAGGED = (144, 80)
-BF16, STATIC, DYNAMIC = 0, 1, 2  # ACTIVATIONS of decode.cu and routed_decode.cu
+BF16, STATIC = 0, 1  # ACTIVATIONS of decode.cu
+MODES = ("bf16", "static", "dynamic")
 WORKERS = 2
 
 
@@ -49,9 +52,10 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Built:
-    """What a compiler made of a kernel: PTX, and what it and ptxas -v said; or the error."""
+    """What a compiler made of a kernel: PTX, machine code, and what it and ptxas -v said; or the error."""
 
     ptx: str
+    cubin: bytes
     log: str
     error: str | None
 
@@ -104,11 +108,13 @@ def decode_of(shape: str, activations: int) -> Kernel:
     return kernel
 
 
-def routed_decode_of(shape: str, activations: int) -> Kernel:
+def routed_decode_of(shape: str, mode: str) -> Kernel:
     """That of a named shape with bf16 hidden states and 64-bit indices."""
-    candidates = [k for k in kernels_of(*SHAPES[shape]) if k.file == "routed_decode.cu"]
-    (kernel,) = [k for k in candidates if k.is_for(ACTIVATIONS=activations, RESULT=0, INDEX=1)]
-    return kernel
+    hidden, intermediate = SHAPES[shape]
+    tiles = -(-hidden // (ROWS * min(HOPPER.multiprocessors, intermediate // 8)))
+    kinds = torch.bfloat16, torch.bfloat16, torch.int64
+    macros = routed_decode.macros_of(hidden, intermediate, mode, *kinds, tiles)
+    return Kernel("routed_experts_decode", "routed_decode.cu", macros)
 
 
 def wanted() -> set[Kernel]:
@@ -116,7 +122,7 @@ def wanted() -> set[Kernel]:
     small = kernels_of(*RAGGED)
     elements = {k.having(ELEMENT=e, RESULT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
     big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)}
-    routed = {routed_decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC, DYNAMIC)}
+    routed = {routed_decode_of(shape, mode) for shape in SHAPES for mode in MODES}
     return small | elements | big | gemms() | routed
 
 
@@ -134,8 +140,9 @@ def with_nvcc(folder: Path, kernel: Kernel) -> Built:
     command += [f"-D{name}={value}" for name, value in kernel.macros]
     done = subprocess.run([*command, str(source)], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
-        return Built("", "", done.stdout + done.stderr)
-    return Built((folder / "kernel.ptx").read_text(), done.stdout + done.stderr, None)
+        return Built("", b"", "", done.stdout + done.stderr)
+    (cubin,) = folder.glob("*.cubin")
+    return Built((folder / "kernel.ptx").read_text(), cubin.read_bytes(), done.stdout + done.stderr, None)
 
 
 def with_nvrtc(folder: Path, kernel: Kernel) -> Built:
@@ -147,14 +154,19 @@ def with_nvrtc(folder: Path, kernel: Kernel) -> Built:
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options])
     log = text_of(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
     if int(status):
-        return Built("", "", log)
-    return Built(text_of(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program), log, None)
+        return Built("", b"", "", log)
+    ptx = text_of(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+    return Built(ptx, bytes_of(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program), log, None)
+
+
+def bytes_of(size: Callable, get: Callable, program: object) -> bytes:
+    made = b" " * size(program)[1]
+    get(program, made)
+    return made
 
 
 def text_of(size: Callable, get: Callable, program: object) -> str:
-    text = b" " * size(program)[1]
-    get(program, text)
-    return text.decode(errors="replace")
+    return bytes_of(size, get, program).decode(errors="replace")
 
 
 @functools.cache
@@ -198,7 +210,7 @@ def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:
     assert small == {(activations, element) for activations in range(4) for element in range(3)}
     assert {(m["HIDDEN"], m["INTERMEDIATE"]) for m in decodes} == {RAGGED, *SHAPES.values()}
     routed = [dict(k.macros) for k in built if k.file == "routed_decode.cu" and k.is_for(HIDDEN=RAGGED[0])]
-    assert {m["ACTIVATIONS"] for m in routed} == set(range(4))
+    assert {m["ACTIVATIONS"] for m in routed} == {0, 2, 3}  # what is launched
     failed = {kernel: made.error for kernel, made in built.items() if made.error}
     assert not failed
     for kernel, made in built.items():
@@ -218,16 +230,77 @@ def test_gemm_decodes_while_the_tensor_cores_multiply(built: dict[Kernel, Built]
 def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> None:
     for kernel in (
         decode_of("V4-Flash", BF16),
-        *(routed_decode_of("V4-Flash", activations) for activations in (BF16, STATIC, DYNAMIC)),
+        *(routed_decode_of("V4-Flash", mode) for mode in MODES),
     ):
         log = built[kernel].log
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
         assert spills == [("0", "0")], log
 
 
-@pytest.mark.parametrize("activations", [BF16, STATIC])
-def test_decode_multiplies_on_tensor_cores_and_copies_in_bulk(built: dict[Kernel, Built], activations: int) -> None:
-    for kernel in (of(shape, activations) for shape in SHAPES for of in (decode_of, routed_decode_of)):
+@dataclass(frozen=True)
+class Instruction:
+    """One of SASS: what it says, the scoreboard that it sets when its result is there, and those it waits for."""
+
+    text: str
+    sets: int | None
+    waits: frozenset[int]
+
+
+def instructions(cubin: bytes, folder: Path) -> list[Instruction]:
+    """Those of a cubin. Bits 105 and up of the 128 control an instruction: .. 3 bits of what it sets, 3, 6 of waits."""
+    (file := folder / "kernel.cubin").write_bytes(cubin)
+    listed = subprocess.run([disassembler(), "-hex", "-c", str(file)], capture_output=True, text=True, check=True)
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/ +([^;]+);.*\n.*?/\* 0x([0-9a-f]{16}) \*/", listed.stdout)
+    made = []
+    for text, upper in found:
+        control = int(upper, 16) >> 41
+        sets, waits = control >> 5 & 7, control >> 11 & 63
+        made.append(Instruction(text, None if sets == 7 else sets, frozenset(i for i in range(6) if waits >> i & 1)))
+    return made
+
+
+@functools.cache
+def disassembler() -> str | None:
+    """nvdisasm, of the toolkit or of Triton."""
+    if found := shutil.which("nvdisasm"):
+        return found
+    spec = importlib.util.find_spec("triton")
+    inside = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm" if spec and spec.origin else None
+    return str(inside) if inside and inside.exists() else None
+
+
+def test_a_slot_of_the_ring_is_given_back_when_what_was_loaded_is_there(
+    built: dict[Kernel, Built], tmp_path: Path
+) -> None:
+    """No arrival at a barrier while a load from shared memory in front of it may still be under way.
+
+    The assembler lets an arrival pass a load whose result nothing in front of the arrival uses.
+    """
+    if disassembler() is None:
+        pytest.skip("needs nvdisasm, of CUDA or of Triton")
+    for kernel in of_few_tokens():
+        arrivals, under_way = 0, {}
+        for one in instructions(built[kernel].cubin, tmp_path):
+            for scoreboard in one.waits:
+                under_way.pop(scoreboard, None)
+            if re.search(r"\bLDS\.(64|128)\b", one.text):
+                under_way[one.sets] = one.text
+            elif re.match(r"(BRA|EXIT|RET)\b", one.text):
+                under_way = {}  # what follows is come to from elsewhere
+            elif "SYNCS.ARRIVE.TRANS64.A1T0" in one.text:
+                arrivals += 1
+                assert not under_way, (kernel, one.text, under_way)
+        assert arrivals > 10
+
+
+def of_few_tokens() -> list[Kernel]:
+    """decode.cu and routed_decode.cu of every named shape."""
+    decodes = [decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)]
+    return decodes + [routed_decode_of(shape, mode) for shape in SHAPES for mode in MODES]
+
+
+def test_decode_multiplies_on_tensor_cores_and_copies_in_bulk(built: dict[Kernel, Built]) -> None:
+    for kernel in of_few_tokens():
         ptx = built[kernel].ptx
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
         assert "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" in ptx

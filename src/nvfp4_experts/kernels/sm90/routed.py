@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
-    bf16 and nvfp4, up to 8 tokens and 64 slots    routed_decode.py, one launch, a shared expert of the same size and
-                                                   format a group of it; not where I is below 100 or so
-                                                   (`routed_decode.fits`)
-    else                                           grouped.py; the shared expert first, its fp32 result (fp8: bf16,
-                                                   as its GEMM leaves it) added with the rows
+    bf16, nvfp4 dynamic and per_token,    routed_decode.py, one launch, a shared expert of the same size and format a
+    up to 8 tokens and 64 slots           group of it; not where I is below 100 or so (`routed_decode.fits`)
+    else                                  grouped.py; the shared expert first, its fp32 result (fp8: bf16, as its GEMM
+                                          leaves it) added with the rows
 
 Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic"). fp8 is another backend,
 `sm90-fp8` (routed_fp8.py): its weights are packed otherwise.
@@ -24,6 +23,8 @@ from . import fp8, gemm, grouped, routed_decode
 from .backend import BACKEND
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
+# What routed_decode.py runs on a GPU. It takes "static" as well; docs/decisions.md says what is missing for that.
+_IN_ONE_LAUNCH = ("bf16", "dynamic", "per_token")
 
 
 class Sm90RoutedExperts(StackedExperts):
@@ -47,8 +48,9 @@ class Sm90RoutedExperts(StackedExperts):
         sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
             grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
-            if problem.activations != "fp8" and routed_decode.fits(*sizes, device):
-                routed_decode.prepare(*sizes, modes, device)
+            in_one_launch = tuple(mode for mode in modes if mode in _IN_ONE_LAUNCH)
+            if in_one_launch and routed_decode.fits(*sizes, device):
+                routed_decode.prepare(*sizes, in_one_launch, device)
             shape = *sizes, problem.experts, max_tokens, problem.top_k
             layouts = [list(grouped.scratch(mode, *shape).values()) for mode in modes]
             reserve(device, max(map(bytes_of, layouts)) + bytes_of([((max_tokens, problem.hidden), torch.float32)]))
@@ -105,7 +107,7 @@ def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, 
 
 
 def _few(x: Tensor, weights: list[Tensor], routing: Routing, call: Call) -> bool:
-    few = call.activations != "fp8" and routed_decode.takes(*routing.indices.shape)
+    few = grouped.mode_of(call) in _IN_ONE_LAUNCH and routed_decode.takes(*routing.indices.shape)
     return few and routed_decode.fits(x.shape[1], weights[2].shape[2], x.device)
 
 
