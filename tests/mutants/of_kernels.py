@@ -5,7 +5,38 @@ from __future__ import annotations
 
 from .mutant import Mutant
 
+_EMULATED = "tests/kernels/test_sm90_emulated.py::test_routed_experts"
+
 OF_KERNELS = (
+    # kernels of a Hopper, emulated
+    Mutant(
+        "lanes of a warp decide each for itself whether they wait",
+        "kernels/sm90/routed_entering.cuh",
+        "awaits = __any_sync(~0u, load_acquire(shared_address(&shared.has_all_x)) == 0);",
+        "awaits = load_acquire(shared_address(&shared.has_all_x)) == 0;",
+        f"{_EMULATED}[('nvfp4', 'static')-after_down]",
+    ),
+    Mutant(
+        "words of a call with more tokens stay in the mailbox",
+        "kernels/sm90/routed_decode.cu",
+        "arguments.mailbox->rows[shared.box] = arguments.tokens * (arguments.top_k + 1);",
+        "arguments.mailbox->rows[shared.box] = arguments.tokens;",
+        f"{_EMULATED}[('nvfp4', 'static')-after_down]",
+    ),
+    Mutant(
+        "words of a call that nobody here takes part in stay in the mailbox",
+        "kernels/sm90/routed_entering.cuh",
+        "if (group_count() == 0) return;",
+        "group_count();",
+        f"{_EMULATED}[('nvfp4', 'dynamic')-before_down]",
+    ),
+    Mutant(
+        "the scale of an expert that a token names twice comes from one of its groups",
+        "kernels/sm90/routed_entering.cuh",
+        "shared.key_of_slot[mine] != key;",
+        "false;",
+        f"{_EMULATED}[('nvfp4', 'dynamic')-before_down]",
+    ),
     # kernels
     Mutant(
         "clamp lost",
