@@ -91,6 +91,13 @@ struct Copy {
     const void* from;
 };
 
+// A word on its way into device memory: others see it some time later, in any order, unless its warp releases it.
+struct Store {
+    Warp* by;
+    u32* to;
+    u32 word;
+};
+
 struct Barrier {  // an mbarrier
     int16_t pending, count;
     int32_t bytes : 31;
@@ -102,6 +109,7 @@ inline jmp_buf scheduler;
 inline Fiber* self;
 inline Index grid;
 inline std::vector<Copy> copies;
+inline std::vector<Store> stores;
 inline u64 state;
 
 inline u32 draw(u32 below) {
@@ -167,6 +175,19 @@ inline void finish_a_copy() {
     complete(barrier);
 }
 
+inline void finish_a_store() {
+    Store& one = stores[draw(stores.size())];
+    *one.to = one.word;
+    one = stores.back();
+    stores.pop_back();
+}
+inline void release(const Warp* warp) {
+    auto is_other = [&](const Store& store) { return store.by != warp; };
+    const auto mine = std::partition(stores.begin(), stores.end(), is_other);
+    for (auto store = mine; store != stores.end(); store++) *store->to = store->word;
+    stores.erase(mine, stores.end());
+}
+
 inline void (*body)(const void*);
 inline const void* arguments;
 inline void enter() {
@@ -178,7 +199,7 @@ inline void enter() {
 // False: not all threads ended in a time that is enough for what the tests run, or a copy was still on its way.
 inline bool run(void (*kernel)(const void*), const void* given, int blocks, int threads, int shared_bytes, u64 seed) {
     constexpr int STACK = 1 << 17;
-    state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = {(unsigned)blocks, 1, 1}, copies.clear();
+    state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = {(unsigned)blocks, 1, 1}, copies.clear(), stores.clear();
     std::vector<Block> all(blocks);
     std::vector<Fiber> fibers(blocks * threads);
     for (int b = 0; b < blocks; b++) {
@@ -205,6 +226,7 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
         if (turn % 4096 == 0)
             for (int& share : patience) share = draw(4) ? 1 : 1 + draw(40);
         if (!copies.empty() && draw(24) == 0) finish_a_copy();
+        for (size_t due = (stores.size() + 31) / 32; due; due--) finish_a_store();
         const int warp = draw(warps);
         if (draw(patience[warp])) continue;
         for (int i = warp * LANES; i < (warp + 1) * LANES; i++) {
@@ -214,6 +236,7 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
             left -= fiber.done;
         }
     }
+    while (!stores.empty()) finish_a_store();
     return copies.empty();
 }
 
@@ -375,9 +398,11 @@ inline void ld_relaxed_gpu_global_v4_u32(u32& x, u32& y, u32& z, u32& w, const v
 inline void ld_relaxed_gpu_global_v2_u32(u32& x, u32& y, const void* from) { yield(), x = ((const u32*)from)[0], y = ((const u32*)from)[1]; }
 inline void ld_relaxed_gpu_global_u32(u32& v, const void* from) { yield(), v = *(const u32*)from; }
 inline void ld_acquire_gpu_global_u32(u32& v, const void* from) { yield(), v = *(const u32*)from; }
-inline void st_relaxed_gpu_global_u32(u32* to, u32 v) { *to = v; }
-inline void st_relaxed_gpu_global_v2_u32(u32* to, u32 x, u32 y) { to[0] = x, to[1] = y; }
-inline void red_release_gpu_global_add_u32(u32* to, u32 v) { *to += v; }
+inline void st_relaxed_gpu_global_u32(u32* to, u32 v) { stores.push_back({self->warp, to, v}); }
+inline void st_relaxed_gpu_global_v2_u32(u32* to, u32 x, u32 y) {
+    st_relaxed_gpu_global_u32(to, x), st_relaxed_gpu_global_u32(to + 1, y);
+}
+inline void red_release_gpu_global_add_u32(u32* to, u32 v) { release(self->warp), *to += v; }
 
 // 16 x 16 times 16 x 8 of the warp, as PTX deals them out.
 inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2,

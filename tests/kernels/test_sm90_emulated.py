@@ -130,7 +130,7 @@ def bound_call(mode: tuple[str, str], expert: int | None = None) -> Call:
     return Call(LIMIT, *mode, *scales)
 
 
-@pytest.mark.parametrize(("mode", "weighting"), zip(MODES, WEIGHTINGS * 2, strict=True), ids=str)
+@pytest.mark.parametrize(("mode", "weighting"), list(zip(MODES, WEIGHTINGS * 2, strict=True)), ids=str)
 def test_routed_experts(mode: tuple[str, str], weighting: str, emulator: Emulator) -> None:
     """Calls that follow each other, of more and of fewer tokens, with a shared expert and without; also for nobody."""
     stacks = make_experts(E, *SHAPE)

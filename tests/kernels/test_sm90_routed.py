@@ -11,7 +11,7 @@ import torch
 
 from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.cuda.workspace import bytes_of
-from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Problem, choose_routed_backend
+from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Call, Problem, Routing, choose_routed_backend
 from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode, routed_fp8
 from nvfp4_experts.kernels.sm90.config import TOKENS, GemmProblem, config_is_legal, legal_configs
 from nvfp4_experts.kernels.target import Target
@@ -31,6 +31,18 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_few_tokens_of_few_slots_are_one_launch() -> None:
     assert routed_decode.takes(8, 8) and routed_decode.takes(1, 64) and routed_decode.takes(7, 9)
     assert not routed_decode.takes(9, 1) and not routed_decode.takes(8, 9) and not routed_decode.takes(1, 65)
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_formats_of_one_launch() -> None:
+    """bf16, and NVFP4 with scales that are no expert's own; with more tokens none."""
+    weights = [torch.empty(0)] * 2 + [torch.empty(4, 2, 128)]
+    for tokens in (8, 9):
+        x, routing = torch.empty(tokens, 256), Routing(torch.empty(tokens, 2), torch.empty(tokens, 2), "before_down")
+        modes = ("bf16", "dynamic"), ("fp8", "dynamic"), *(("nvfp4", scale) for scale in ACTIVATION_SCALES)
+        taken = {mode for mode in modes if routed._few(x, weights, routing, Call(0.0, *mode))}
+        few = {("bf16", "dynamic"), ("nvfp4", "dynamic"), ("nvfp4", "per_token")}
+        assert taken == (few if tokens == 8 else set())
 
 
 @pytest.mark.usefixtures("on_hopper")
