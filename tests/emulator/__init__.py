@@ -2,7 +2,7 @@
 """Kernels of kernels/sm90 on a CPU: their CUDA C++ compiled by the host's compiler, every thread of a launch a fiber.
 
 translate.py makes C++ of a kernel's source, machine.hpp is what it runs on: blocks, warps that meet where CUDA says so,
-mbarriers, and copies and relaxed stores that arrive some time later. Which warp goes on is drawn, so that another seed is
-another order of events; lanes of a warp go their own ways in between. It knows nothing of time, caches, registers, or of
-loads that are carried out late.
+mbarriers, and copies and relaxed stores that arrive some time later. Which warp goes on is drawn, so that another seed
+is another order of events; lanes of a warp go their own ways in between. It knows nothing of time, caches, registers,
+or of loads that are carried out late.
 """
