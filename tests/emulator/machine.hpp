@@ -84,6 +84,10 @@ struct Fiber {
     bool begun = false, done = false;
 };
 
+inline bool can_go_on(const Fiber& fiber) {
+    return !fiber.done && !(fiber.waits_at && fiber.waits_at->generation == fiber.generation);
+}
+
 // A copy on its way into shared memory.
 struct Copy {
     Block* to;
@@ -196,7 +200,8 @@ inline void enter() {
     yield();
 }
 
-// False: not all threads ended in a time that is enough for what the tests run, or a copy was still on its way.
+// False: threads wait for each other, or not all ended in a time that is enough for what the tests run, or a copy was still
+// on its way.
 inline bool run(void (*kernel)(const void*), const void* given, int blocks, int threads, int shared_bytes, u64 seed) {
     constexpr int STACK = 1 << 17;
     state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = {(unsigned)blocks, 1, 1}, copies.clear(), stores.clear();
@@ -222,16 +227,18 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
     std::vector<int> patience(warps, 1);  // a warp's share of turns, drawn anew now and then
     int left = fibers.size();
     for (u64 turn = 0; left; turn++) {
-        if (turn > 20'000'000) return false;
-        if (turn % 4096 == 0)
+        if (turn % 4096 == 0) {
             for (int& share : patience) share = draw(4) ? 1 : 1 + draw(40);
+            const bool is_stuck = std::none_of(fibers.begin(), fibers.end(), can_go_on) && copies.empty() && stores.empty();
+            if (is_stuck || turn > 20'000'000) return false;
+        }
         if (!copies.empty() && draw(24) == 0) finish_a_copy();
         for (size_t due = (stores.size() + 31) / 32; due; due--) finish_a_store();
         const int warp = draw(warps);
         if (draw(patience[warp])) continue;
         for (int i = warp * LANES; i < (warp + 1) * LANES; i++) {
             Fiber& fiber = fibers[i];
-            if (fiber.done || (fiber.waits_at && fiber.waits_at->generation == fiber.generation)) continue;
+            if (!can_go_on(fiber)) continue;
             go_on(fiber);
             left -= fiber.done;
         }
