@@ -230,7 +230,7 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
         if (turn % 4096 == 0) {
             for (int& share : patience) share = draw(4) ? 1 : 1 + draw(40);
             const bool is_stuck = std::none_of(fibers.begin(), fibers.end(), can_go_on) && copies.empty() && stores.empty();
-            if (is_stuck || turn > 20'000'000) return false;
+            if (is_stuck || turn > 4'000'000) return false;
         }
         if (!copies.empty() && draw(24) == 0) finish_a_copy();
         for (size_t due = (stores.size() + 31) / 32; due; due--) finish_a_store();
