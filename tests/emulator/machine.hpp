@@ -39,6 +39,8 @@ struct int4 {
 struct float4 {
     float x, y, z, w;
 };
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -70,6 +72,7 @@ struct Block {
     unsigned char* shared;
     std::vector<Warp> warps;
     std::map<int, Meeting> barriers;
+    std::map<int, std::vector<u64>> variables;  // __shared__ ones, by line
 };
 
 struct Fiber {
@@ -200,11 +203,9 @@ inline void enter() {
     yield();
 }
 
-// False: threads wait for each other, or not all ended in a time that is enough for what the tests run, or a copy was still
-// on its way.
-inline bool run(void (*kernel)(const void*), const void* given, int blocks, int threads, int shared_bytes, u64 seed) {
+// Blocks `first` and up, side by side.
+inline bool run_blocks(int first, int blocks, int threads, int shared_bytes) {
     constexpr int STACK = 1 << 17;
-    state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = {(unsigned)blocks, 1, 1}, copies.clear(), stores.clear();
     std::vector<Block> all(blocks);
     std::vector<Fiber> fibers(blocks * threads);
     for (int b = 0; b < blocks; b++) {
@@ -215,7 +216,7 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
         for (int t = 0; t < threads; t++) {
             Fiber& fiber = fibers[b * threads + t];
             fiber.stack.reset(new char[STACK]);
-            fiber.thread = {(unsigned)t, 0, 0}, fiber.block = {(unsigned)b, 0, 0};
+            fiber.thread = {(unsigned)t, 0, 0}, fiber.block = {(first + b) % grid.x, (first + b) / grid.x, 0};
             fiber.home = &block, fiber.warp = &block.warps[t / LANES];
             getcontext(&fiber.beginning);
             fiber.beginning.uc_stack.ss_sp = fiber.stack.get(), fiber.beginning.uc_stack.ss_size = STACK;
@@ -243,8 +244,26 @@ inline bool run(void (*kernel)(const void*), const void* given, int blocks, int 
             left -= fiber.done;
         }
     }
-    while (!stores.empty()) finish_a_store();
     return copies.empty();
+}
+
+// False: threads wait for each other, or not all ended in a time that is enough for what the tests run, or a copy was still
+// on its way. together: all blocks side by side; else a few.
+inline bool run(void (*kernel)(const void*), const void* given, Index blocks, int threads, int shared_bytes, bool together, u64 seed) {
+    state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = blocks, copies.clear(), stores.clear();
+    const int all = blocks.x * blocks.y, beside = together ? all : 4;
+    for (int first = 0; first < all; first += beside)
+        if (!run_blocks(first, std::min(beside, all - first), threads, shared_bytes)) return false;
+    while (!stores.empty()) finish_a_store();
+    return true;
+}
+
+// A variable that each block has one of.
+template <class T>
+inline T& variable(int line) {
+    auto& room = self->home->variables[line];
+    if (room.empty()) room.resize((sizeof(T) + 7) / 8);
+    return *reinterpret_cast<T*>(room.data());
 }
 
 }  // namespace machine
@@ -277,6 +296,10 @@ inline unsigned atomicMax(unsigned* to, unsigned v) {
     *to = std::max(before, v);
     return before;
 }
+inline int atomicAdd(int* to, int v) {
+    machine::yield();
+    return (*to += v) - v;
+}
 
 inline void __syncwarp() { machine::show<1>({0}); }
 inline void __syncthreads() { machine::meet(machine::self->home->barriers[0], machine::self->home->warps.size() * machine::LANES); }
@@ -288,6 +311,8 @@ template <class T>
 inline T __shfl_sync(unsigned, T v, int from) { return shuffle(v, from); }
 template <class T>
 inline T __shfl_xor_sync(unsigned, T v, int mask) { return shuffle(v, machine::lane() ^ mask); }
+template <class T>
+inline T __shfl_up_sync(unsigned, T v, int by) { return shuffle(v, std::max(machine::lane() - by, 0)); }
 inline unsigned __ballot_sync(unsigned, bool v) {
     const auto all = machine::show<1>({v});
     unsigned set = 0;

@@ -14,19 +14,17 @@ from pathlib import Path
 from nvfp4_experts.kernels.sm90.compile import source_of
 
 _HERE = Path(__file__).resolve().parent
-_KERNEL = r'extern "C" __global__ void __launch_bounds__\([^)]*\)'
-_DYNAMIC_SHARED = "extern __shared__ __align__(128) unsigned char memory[];"
-_UNUSED = re.compile(
-    r"// --- clusters -.*?(?=// SPDX)", re.S
-)  # to the end of async.cuh: no kernel here has clusters or wgmma
+_KERNEL = r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*'
+_UNUSED = "// --- clusters -"  # from here to the end of async.cuh: no kernel here has clusters or wgmma
+_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
 
 
-def translate(file: str) -> str:
-    """The C++ of a file of kernels/sm90 with one kernel; its parameters are taken as one structure."""
-    source = _calls(_UNUSED.sub("", source_of(file)))
-    source = source.replace(_DYNAMIC_SHARED, "unsigned char* memory = machine::self->home->shared;")
-    name, parameters = re.search(rf"{_KERNEL}\s*(\w+)\((.*?)\) {{", source, re.S).groups()
-    source = re.sub(_KERNEL, "static void", source, flags=re.S)
+def translate(name: str, file: str) -> str:
+    """The C++ of a kernel in a file of kernels/sm90; its parameters are taken as one structure."""
+    unused = "".join(source_of("async.cuh").partition(_UNUSED)[1:])
+    source = _with_shared_variables(_calls(source_of(file).replace(unused, "")))
+    (parameters,) = re.findall(rf"{_KERNEL}{name}\((.*?)\) {{", source, re.S)
+    source = re.sub(_KERNEL, "static void ", source, flags=re.S)
     declared = [re.fullmatch(r"(.*?)(\w+)", one.strip(), re.S).groups() for one in parameters.split(",")]
     fields = " ".join(f"{kind} {field};" for kind, field in declared)
     passed = ", ".join(f"given.{field}" for _, field in declared)
@@ -34,30 +32,30 @@ def translate(file: str) -> str:
 {source}
 struct Given {{ {fields} }};
 static void body(const void* arguments) {{ const Given& given = *(const Given*)arguments; {name}({passed}); }}
-extern "C" int launch(const void* arguments, int blocks, int threads, int shared_bytes, unsigned long long seed) {{
-    return machine::run(body, arguments, blocks, threads, shared_bytes, seed);
+extern "C" int launch(const void* arguments, unsigned x, unsigned y, int threads, int shared_bytes, int together,
+                      unsigned long long seed) {{
+    return machine::run(body, arguments, {{x, y, 1}}, threads, shared_bytes, together, seed);
 }}
 """
 
 
-def build(file: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctypes.CDLL:
-    """The kernel as a library with `launch(arguments, blocks, threads, shared_bytes, seed)`, which is 1 if it ended."""
+def build(name: str, file: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctypes.CDLL:
+    """The kernel as a library with `launch(arguments, x, y, threads, shared_bytes, together, seed)`; 1 if it ended."""
     source, library = folder / "kernel.cpp", folder / "kernel.so"
-    source.write_text(translate(file))
-    command = [
-        "c++",
-        "-std=c++17",
-        "-O1",
-        "-fPIC",
-        "-shared",
-        "-fno-strict-aliasing",
-        "-ffp-contract=off",
-        "-w",
-        f"-I{_HERE}",
-    ]
-    command += [f"-D{name}={value}" for name, value in macros]
-    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    source.write_text(translate(name, file))
+    defined = [f"-D{macro}={value}" for macro, value in macros]
+    subprocess.run(["c++", *_FLAGS, f"-I{_HERE}", *defined, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def _with_shared_variables(source: str) -> str:
+    """What is declared __shared__ as references into the block's memory."""
+    source = re.sub(
+        r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+?) (\w+)\[\];",
+        r"\1* \2 = reinterpret_cast<\1*>(machine::self->home->shared);",
+        source,
+    )
+    return re.sub(r"__shared__ (\w+) (\w+)\[(.*?)\];", r"auto& \2 = machine::variable<\1[\3]>(__LINE__);", source)
 
 
 def _calls(source: str) -> str:

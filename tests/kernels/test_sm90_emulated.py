@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode kernels of Hopper on a CPU (tests/emulator): results, hand-over between blocks, what a call leaves behind.
+"""Kernels of Hopper on a CPU (tests/emulator): those of few tokens, whose blocks hand words to each other, results and
+what a call leaves behind; and those around the GEMMs of routed experts.
 
 The order in which warps go on is drawn anew in each launch, and results do not depend on it.
 """
@@ -20,12 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
+from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, decode_blocks
 from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Beside, Call, Routing
-from nvfp4_experts.kernels.reference import shared_expert
-from nvfp4_experts.kernels.sm90 import backend, mailbox, routed, routed_decode
+from nvfp4_experts.kernels.reference import enter, shared_expert, swiglu
+from nvfp4_experts.kernels.sm90 import backend, gemm, grouped, mailbox, routed, routed_decode
 from nvfp4_experts.kernels.sm90.mailbox import Mailboxes, mailbox_bytes
 from nvfp4_experts.kernels.target import Target
+from nvfp4_experts.layouts.fragments import unpack_fragments
 from tests.emulator.translate import build
 from tests.kernels.test_routed_experts import LIMIT, draw_routing, make_experts, static_scales, wanted
 from tests.tolerances import against_reference
@@ -56,25 +58,26 @@ class Emulator:
         patch.setattr(backend, "current_stream", lambda _: None)
         for module in (backend, routed_decode):
             patch.setattr(module, "target_of", lambda _: hopper)
-            patch.setattr(module, "load_kernel", self.load)
             patch.setattr(module, "mailboxes", self.mailboxes)
+        for module in (backend, routed_decode, gemm, grouped):
+            patch.setattr(module, "load_kernel", self.load)
+        for module in (gemm, grouped):
+            patch.setattr(module, "launch_kernel", self.launch_kernel)
         patch.setattr(routed_decode, "launch_structure", self.launch_structure)
         routed_decode._tiles.cache_clear()
 
     def load(self, name: str, file: str, macros: tuple[tuple[str, int], ...], *_: object) -> ctypes.CDLL:
-        if (file, macros) not in self._libraries:
+        if (name, macros) not in self._libraries:
             folder = self._folder / str(len(self._libraries))
             folder.mkdir()
-            self._libraries[file, macros] = build(file, macros, folder)
-        return self._libraries[file, macros]
+            self._libraries[name, macros] = build(name, file, macros, folder)
+        return self._libraries[name, macros]
 
     def mailboxes(self, device: torch.device, box: int, layout: tuple[object, ...] = ()) -> Mailboxes:
         return self._mailboxes.setdefault((box, layout), Mailboxes(device, mailbox_bytes(box)))
 
     def launch(self, _: None, config: SimpleNamespace, kernel: ctypes.CDLL, *arguments: Any) -> None:
-        kinds = {np.int32: "i", np.float32: "f", int: "Q"}
-        packed = struct.pack("@" + "".join(kinds[type(a)] for a in arguments), *arguments)
-        self.launch_structure(kernel, config.grid, config.block, config.shmem_size, packed, CPU)
+        self._run(kernel, (config.grid,), config.block, config.shmem_size, packed(arguments), together=True)
 
     def launch_structure(
         self,
@@ -84,11 +87,31 @@ class Emulator:
         shared_bytes: int,
         arguments: bytes,
         device: torch.device,
-        **_: object,
+        *,
+        together: bool,
+    ) -> None:
+        self._run(kernel, (blocks,), threads, shared_bytes, arguments, together)
+
+    def launch_kernel(
+        self, kernel: ctypes.CDLL, grid: tuple[int, ...], threads: int, *arguments: Any, shared_bytes: int = 0
+    ) -> None:
+        self._run(kernel, grid, threads, shared_bytes, packed(arguments), together=False)
+
+    def _run(
+        self, kernel: ctypes.CDLL, grid: tuple[int, ...], threads: int, shared_bytes: int, given: bytes, together: bool
     ) -> None:
         self.launches += 1
-        given = ctypes.create_string_buffer(arguments, len(arguments))
-        assert kernel.launch(given, blocks, threads, shared_bytes, ctypes.c_ulonglong(self.launches)), "it is stuck"
+        x, y = (*grid, 1)[:2]
+        memory = ctypes.create_string_buffer(given, len(given))
+        seed = ctypes.c_ulonglong(self.launches)
+        assert kernel.launch(memory, x, y, threads, shared_bytes, int(together), seed), "it is stuck"
+
+
+def packed(arguments: tuple[Any, ...]) -> bytes:
+    """As a structure of C; tensors as their address."""
+    kinds = {np.int32: "i", np.int64: "q", np.float32: "f", int: "Q"}
+    values = [0 if a is None else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    return struct.pack("@" + "".join(kinds[type(value)] for value in values), *values)
 
 
 def aligned_bytes(size: int) -> Tensor:
@@ -173,3 +196,70 @@ def test_a_shared_expert(mode: tuple[str, str], emulator: Emulator) -> None:
         check(outs[0], alone(x, tensors, call), mode, "shared_expert")
         assert torch.equal(*outs)
     assert emulator.launches == 8
+
+
+def gemm_in_torch(
+    values: Tensor, weights: Tensor, rows: int, weight_scales: Tensor, out: Tensor, *_: Any, **named: Any
+) -> None:
+    """What gemm.cu makes of rows by expert."""
+    groups, token_scales, of = named["groups"], named["token_scales"], named["scaling"]
+    for expert, first, end, _unused in groups.tiles[: int(groups.counts[0])].tolist():
+        codes, scales = unpack_fragments(weights[expert], rows, values.shape[1])
+        sums = values[first:end].float() @ decode_blocks(codes, scales, torch.float32).T
+        if token_scales is not None:
+            own = {gemm.SCALE_OF_TOKEN: slice(first, end), gemm.SCALE_OF_EXPERT: expert, gemm.SCALE_OF_ALL: 0}[of]
+            sums = sums * token_scales[own].view(-1, 1)
+        halves = weight_scales[expert].flatten()
+        if named["gate_up"]:
+            gate, up = sums.view(end - first, -1, 2, 8).unbind(2)
+            sums = swiglu(gate.flatten(1) * halves[0], up.flatten(1) * halves[1], named["limit"])
+        else:
+            sums = sums * halves[0]
+        if groups.weights is not None:
+            sums = sums * groups.weights[first:end, None]
+        if named.get("hidden_scale") is not None:
+            sums = enter(sums, "nvfp4", "static", named["hidden_scale"][expert])[0]
+        out[first:end] = sums
+
+
+@pytest.mark.parametrize(("mode", "weighting"), list(zip(MODES, WEIGHTINGS * 2, strict=True)), ids=str)
+def test_rows_by_expert(
+    mode: tuple[str, str], weighting: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What surrounds the GEMMs of more tokens: group.cu, enter_rows.cu, combine.cu."""
+    monkeypatch.setattr(grouped, "carve", lambda _, *parts: [torch.zeros(shape, dtype=dtype) for shape, dtype in parts])
+    monkeypatch.setattr(grouped, "run_half", gemm_in_torch)
+    stacks, tokens = make_experts(E, *SHAPE), 12
+    x, routing = torch.randn(tokens, SHAPE[0]), draw_routing(tokens, 3, weighting, E)
+    out, addend = torch.full_like(x, torch.nan), torch.randn_like(x)
+    weights, call = list(routed.ROUTED.pack(*stacks).values()), bound_call(mode)
+    grouped.routed_experts(x, weights, routing, call, out, addend)
+    check(out, wanted(x, stacks, routing, call) + addend, mode, "routed_experts")
+
+
+@pytest.mark.parametrize(("tokens", "tile_rows"), [(1, 32), (70, 32), (180, 64)])
+def test_slots_by_expert(tokens: int, tile_rows: int, emulator: Emulator) -> None:
+    """One block, and above 1024 slots many."""
+    routing = draw_routing(tokens, K, experts=E)
+    slots = routing.indices.numel()
+    lists = {"tiles": (slots, 4), "counts": (2,)} | dict.fromkeys(grouped._LISTS[2:], (slots,))
+    made = {name: torch.full(shape, -7, dtype=torch.int32) for name, shape in lists.items()}
+    made["weight_of_row"] = torch.zeros(slots)
+    grouped._group(routing, E, tile_rows, made)
+    chosen, weights = routing.indices.flatten(), routing.weights.flatten()
+    is_here = (chosen >= 0) & (chosen < E)
+    (here,) = torch.nonzero(is_here, as_tuple=True)
+    row_of = made["row_of_slot"].long()
+    assert (row_of[~is_here] == -1).all() and int(made["counts"][1]) == len(here)
+    assert torch.equal(row_of[here].sort().values, torch.arange(len(here)))
+    assert torch.equal(made["expert_of_row"][row_of[here]], chosen[here].int())
+    assert torch.equal(made["token_of_row"][row_of[here]], (here // K).int())
+    assert torch.equal(made["weight_of_row"][row_of[here]], weights[here])
+    row = 0
+    for expert, first, end, _ in made["tiles"][: int(made["counts"][0])].tolist():
+        assert first == row and 0 < end - first <= tile_rows
+        assert (made["expert_of_row"][first:end] == expert).all()
+        left = int((made["expert_of_row"][first : len(here)] == expert).sum())
+        assert end - first == left or (end - first) % 8 == 0
+        row = end
+    assert row == len(here)
