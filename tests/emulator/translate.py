@@ -15,32 +15,36 @@ from nvfp4_experts.kernels.sm90.compile import source_of
 
 _HERE = Path(__file__).resolve().parent
 _KERNEL = r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*'
-_UNUSED = "// --- clusters -"  # from here to the end of async.cuh: no kernel here has clusters or wgmma
+_SHAPES = "#define MMA_OPERAND_HIGH"  # from here to the end of async.cuh: wgmma of each width
+_ANY_SHAPE = """
+template <int N>
+void mma_async_bf16(float (&sums)[N / 2], const u32 (&a)[4], u32 b) { ptx::wgmma_bf16<N>(sums, a, b); }
+"""
 _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
 
 
 def translate(name: str, file: str) -> str:
     """The C++ of a kernel in a file of kernels/sm90; its parameters are taken as one structure."""
-    unused = "".join(source_of("async.cuh").partition(_UNUSED)[1:])
-    source = _with_shared_variables(_calls(source_of(file).replace(unused, "")))
+    shapes = "".join(source_of("async.cuh").partition(_SHAPES)[1:])
+    source = _with_shared_variables(_calls(source_of(file).replace(shapes, _ANY_SHAPE)))
     (parameters,) = re.findall(rf"{_KERNEL}{name}\((.*?)\) {{", source, re.S)
     source = re.sub(_KERNEL, "static void ", source, flags=re.S)
     declared = [re.fullmatch(r"(.*?)(\w+)", one.strip(), re.S).groups() for one in parameters.split(",")]
     fields = " ".join(f"{kind} {field};" for kind, field in declared)
     passed = ", ".join(f"given.{field}" for _, field in declared)
-    return f"""#include "machine.hpp"
+    return f"""#include "instructions.hpp"
 {source}
 struct Given {{ {fields} }};
 static void body(const void* arguments) {{ const Given& given = *(const Given*)arguments; {name}({passed}); }}
-extern "C" int launch(const void* arguments, unsigned x, unsigned y, int threads, int shared_bytes, int together,
+extern "C" int launch(const void* arguments, unsigned x, unsigned y, int threads, int shared_bytes, int cluster,
                       unsigned long long seed) {{
-    return machine::run(body, arguments, {{x, y, 1}}, threads, shared_bytes, together, seed);
+    return machine::run(body, arguments, {{x, y, 1}}, threads, shared_bytes, cluster, seed);
 }}
 """
 
 
 def build(name: str, file: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctypes.CDLL:
-    """The kernel as a library with `launch(arguments, x, y, threads, shared_bytes, together, seed)`; 1 if it ended."""
+    """The kernel as a library with `launch(arguments, x, y, threads, shared_bytes, cluster, seed)`; 1 if it ended."""
     source, library = folder / "kernel.cpp", folder / "kernel.so"
     source.write_text(translate(name, file))
     defined = [f"-D{macro}={value}" for macro, value in macros]

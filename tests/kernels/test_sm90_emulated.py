@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of Hopper on a CPU (tests/emulator): those of few tokens, whose blocks hand words to each other, results and
-what a call leaves behind; and those around the GEMMs of routed experts.
+what a call leaves behind; and those of more tokens, with GEMMs.
 
 The order in which warps go on is drawn anew in each launch, and results do not depend on it.
 """
@@ -21,13 +21,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor, decode_blocks
+from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
 from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Beside, Call, Routing
-from nvfp4_experts.kernels.reference import enter, shared_expert, swiglu
+from nvfp4_experts.kernels.reference import enter, shared_expert
 from nvfp4_experts.kernels.sm90 import backend, gemm, grouped, mailbox, routed, routed_decode
+from nvfp4_experts.kernels.sm90.config import GemmConfig, config_is_legal, halves
 from nvfp4_experts.kernels.sm90.mailbox import Mailboxes, mailbox_bytes
 from nvfp4_experts.kernels.target import Target
-from nvfp4_experts.layouts.fragments import unpack_fragments
+from nvfp4_experts.layouts.fragments import CHUNK_BYTES
 from tests.emulator.translate import build
 from tests.kernels.test_routed_experts import LIMIT, draw_routing, make_experts, static_scales, wanted
 from tests.tolerances import against_reference
@@ -56,14 +57,18 @@ class Emulator:
         patch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(backend, "current_stream", lambda _: None)
-        for module in (backend, routed_decode):
+        for module in (backend, routed_decode, gemm):
             patch.setattr(module, "target_of", lambda _: hopper)
+        for module in (backend, routed_decode):
             patch.setattr(module, "mailboxes", self.mailboxes)
+        patch.setattr(gemm, "_weight_map", weight_map)
+        patch.setattr(gemm, "_activation_map", activation_map)
         for module in (backend, routed_decode, gemm, grouped):
             patch.setattr(module, "load_kernel", self.load)
         for module in (gemm, grouped):
             patch.setattr(module, "launch_kernel", self.launch_kernel)
-        patch.setattr(routed_decode, "launch_structure", self.launch_structure)
+        for module in (routed_decode, gemm):
+            patch.setattr(module, "launch_structure", self.launch_structure)
         routed_decode._tiles.cache_clear()
 
     def load(self, name: str, file: str, macros: tuple[tuple[str, int], ...], *_: object) -> ctypes.CDLL:
@@ -77,7 +82,7 @@ class Emulator:
         return self._mailboxes.setdefault((box, layout), Mailboxes(device, mailbox_bytes(box)))
 
     def launch(self, _: None, config: SimpleNamespace, kernel: ctypes.CDLL, *arguments: Any) -> None:
-        self._run(kernel, (config.grid,), config.block, config.shmem_size, packed(arguments), together=True)
+        self._run(kernel, (config.grid,), config.block, config.shmem_size, packed(arguments), cluster=0)
 
     def launch_structure(
         self,
@@ -88,23 +93,35 @@ class Emulator:
         arguments: bytes,
         device: torch.device,
         *,
-        together: bool,
+        cluster: int = 1,
+        together: bool = False,
     ) -> None:
-        self._run(kernel, (blocks,), threads, shared_bytes, arguments, together)
+        self._run(kernel, (blocks,), threads, shared_bytes, arguments, 0 if together else cluster)
 
     def launch_kernel(
         self, kernel: ctypes.CDLL, grid: tuple[int, ...], threads: int, *arguments: Any, shared_bytes: int = 0
     ) -> None:
-        self._run(kernel, grid, threads, shared_bytes, packed(arguments), together=False)
+        self._run(kernel, grid, threads, shared_bytes, packed(arguments), cluster=1)
 
     def _run(
-        self, kernel: ctypes.CDLL, grid: tuple[int, ...], threads: int, shared_bytes: int, given: bytes, together: bool
+        self, kernel: ctypes.CDLL, grid: tuple[int, ...], threads: int, shared_bytes: int, given: bytes, cluster: int
     ) -> None:
         self.launches += 1
         x, y = (*grid, 1)[:2]
         memory = ctypes.create_string_buffer(given, len(given))
         seed = ctypes.c_ulonglong(self.launches)
-        assert kernel.launch(memory, x, y, threads, shared_bytes, int(together), seed), "it is stuck"
+        assert kernel.launch(memory, x, y, threads, shared_bytes, cluster, seed), "it is stuck"
+
+
+def weight_map(address: int, tiles: int, chunks: int, box_tiles: int, box_chunks: int) -> bytes:
+    """A `Map` of instructions.hpp, in the place of the driver's; so is the next."""
+    sizes, strides = (CHUNK_BYTES, chunks, tiles), (CHUNK_BYTES, chunks * CHUNK_BYTES)
+    return struct.pack("10Q48x", address, *sizes, *strides, CHUNK_BYTES, box_chunks, box_tiles, 0)
+
+
+def activation_map(address: int, tokens: int, columns: int, box_tokens: int, value_bytes: int) -> bytes:
+    row = columns * value_bytes
+    return struct.pack("10Q48x", address, row, tokens, 1, row, 0, 128, box_tokens, 1, 1)
 
 
 def packed(arguments: tuple[Any, ...]) -> bytes:
@@ -198,42 +215,57 @@ def test_a_shared_expert(mode: tuple[str, str], emulator: Emulator) -> None:
     assert emulator.launches == 8
 
 
-def gemm_in_torch(
-    values: Tensor, weights: Tensor, rows: int, weight_scales: Tensor, out: Tensor, *_: Any, **named: Any
-) -> None:
-    """What gemm.cu makes of rows by expert."""
-    groups, token_scales, of = named["groups"], named["token_scales"], named["scaling"]
-    for expert, first, end, _unused in groups.tiles[: int(groups.counts[0])].tolist():
-        codes, scales = unpack_fragments(weights[expert], rows, values.shape[1])
-        sums = values[first:end].float() @ decode_blocks(codes, scales, torch.float32).T
-        if token_scales is not None:
-            own = {gemm.SCALE_OF_TOKEN: slice(first, end), gemm.SCALE_OF_EXPERT: expert, gemm.SCALE_OF_ALL: 0}[of]
-            sums = sums * token_scales[own].view(-1, 1)
-        halves = weight_scales[expert].flatten()
-        if named["gate_up"]:
-            gate, up = sums.view(end - first, -1, 2, 8).unbind(2)
-            sums = swiglu(gate.flatten(1) * halves[0], up.flatten(1) * halves[1], named["limit"])
-        else:
-            sums = sums * halves[0]
-        if groups.weights is not None:
-            sums = sums * groups.weights[first:end, None]
-        if named.get("hidden_scale") is not None:
-            sums = enter(sums, "nvfp4", "static", named["hidden_scale"][expert])[0]
-        out[first:end] = sums
+# row_groups, column_groups, tokens, split: one part; parts of a block, of a cluster, of both; a ring that comes round
+CUTS = [(4, 1, 32, 1), (1, 3, 64, 1), (2, 1, 32, 2), (1, 2, 32, 2), (1, 1, 256, 1)]
 
 
-@pytest.mark.parametrize(("mode", "weighting"), list(zip(MODES, WEIGHTINGS * 2, strict=True)), ids=str)
+@pytest.mark.parametrize("static", [False, True], ids=["bf16", "static"])
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_halves_of_a_shared_expert(cut: tuple[int, ...], static: bool, emulator: Emulator) -> None:
+    """gemm.cu without a list of tiles; h as NVFP4 values where scales are static."""
+    shape, tokens = (656, 80), 41
+    hidden, size = shape
+    mode, tensors = ("nvfp4", "static") if static else ("bf16", "dynamic"), one_of(make_experts(E, *shape), 4)
+    gate_up, scales, _, down, scale_of_down, _ = backend.BACKEND.pack(*tensors).values()
+    call = bound_call(mode, expert=4)
+    x = torch.randn(tokens, hidden)
+    values = enter(x, *mode, call.input_scale)[0].bfloat16()
+    h, out = torch.empty(tokens, size, dtype=torch.bfloat16), torch.empty(tokens, hidden)
+    first, second = GemmConfig(*cut), GemmConfig(*cut[:3], 1)  # the second's columns are one stage
+    for config, problem in zip((first, second), halves(*shape, tokens), strict=True):
+        assert config_is_legal(config, problem)
+    of_x, of_h = (call.input_scale, call.hidden_scale) if static else (None, None)
+    gemm.run_half(
+        values, gate_up, 2 * size, scales, h, first, gate_up=True, limit=LIMIT, token_scales=of_x, hidden_scale=of_h
+    )
+    gemm.run_half(h, down, hidden, scale_of_down, out, second, gate_up=False, token_scales=of_h)
+    check(out, alone(x, tensors, call), mode, "shared_expert")
+
+
+# tokens, experts, top_k: tiles of 32 rows at most, and of 128 by two strips
+FEW_ROWS, MANY_ROWS = (12, E, 3), (40, 2, 2)
+BY_EXPERT = [
+    *((mode, weighting, FEW_ROWS) for mode, weighting in zip(MODES, WEIGHTINGS * 2, strict=True)),
+    *((mode, "before_down", MANY_ROWS) for mode in MODES[:2]),
+]
+
+
+@pytest.mark.parametrize(("mode", "weighting", "sizes"), BY_EXPERT, ids=str)
 def test_rows_by_expert(
-    mode: tuple[str, str], weighting: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+    mode: tuple[str, str],
+    weighting: str,
+    sizes: tuple[int, int, int],
+    emulator: Emulator,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What surrounds the GEMMs of more tokens: group.cu, enter_rows.cu, combine.cu."""
+    """More tokens: group.cu, enter_rows.cu, gemm.cu over a list of tiles, combine.cu."""
+    tokens, experts, top_k = sizes
     monkeypatch.setattr(grouped, "carve", lambda _, *parts: [torch.zeros(shape, dtype=dtype) for shape, dtype in parts])
-    monkeypatch.setattr(grouped, "run_half", gemm_in_torch)
-    stacks, tokens = make_experts(E, *SHAPE), 12
-    x, routing = torch.randn(tokens, SHAPE[0]), draw_routing(tokens, 3, weighting, E)
+    stacks = make_experts(experts, *SHAPE)
+    x, routing = torch.randn(tokens, SHAPE[0]), draw_routing(tokens, top_k, weighting, experts)
     out, addend = torch.full_like(x, torch.nan), torch.randn_like(x)
-    weights, call = list(routed.ROUTED.pack(*stacks).values()), bound_call(mode)
-    grouped.routed_experts(x, weights, routing, call, out, addend)
+    call = Call(LIMIT, *mode, *static_scales(experts))
+    grouped.routed_experts(x, list(routed.ROUTED.pack(*stacks).values()), routing, call, out, addend)
     check(out, wanted(x, stacks, routing, call) + addend, mode, "routed_experts")
 
 

@@ -37,6 +37,20 @@ OF_KERNELS = (
         "false;",
         f"{_EMULATED}[('nvfp4', 'dynamic')-before_down]",
     ),
+    Mutant(
+        "a stage of the GEMM is given back before its second chunk has been multiplied",
+        "kernels/sm90/gemm.cu",
+        "if (u == 0 && i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);",
+        "if (u == 0 && i > 0 && lane == 0) barrier_arrive(empty + ring.slot * BARRIER_BYTES);",
+        "tests/kernels/test_sm90_emulated.py::test_halves_of_a_shared_expert[(1, 1, 256, 1)-bf16]",
+    ),
+    Mutant(
+        "products are not waited for before what they read is given back",
+        "kernels/sm90/gemm.cu",
+        "mma_wait<1>();  // the chunk before has been multiplied",
+        "mma_wait<8>();",
+        "tests/kernels/test_sm90_emulated.py::test_halves_of_a_shared_expert[(1, 1, 256, 1)-bf16]",
+    ),
     # kernels
     Mutant(
         "clamp lost",
