@@ -215,6 +215,19 @@ def test_a_shared_expert(mode: tuple[str, str], emulator: Emulator) -> None:
     assert emulator.launches == 8
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic", "per_token"])
+def test_activations_enter_to_the_bit(mode: str, emulator: Emulator) -> None:
+    """enter.cu, with an amax over all of x or over a row."""
+    x = torch.randn(20, SHAPE[0])
+    given = static_scales(E)[0][3] if mode == "static" else None
+    values, scale = torch.empty(x.shape, dtype=torch.bfloat16), torch.empty(20 if mode == "per_token" else 1)
+    partials = torch.empty(gemm.ENTER_THREADS, dtype=torch.int32)
+    gemm.enter(x, mode, scale if given is None else given, values, partials)
+    expected, scales = enter(x, "nvfp4", mode, given)
+    assert torch.equal(values.float(), expected)
+    assert given is not None or torch.equal(scale, scales.flatten())
+
+
 # row_groups, column_groups, tokens, split: one part; parts of a block, of a cluster, of both; a ring that comes round
 CUTS = [(4, 1, 32, 1), (1, 3, 64, 1), (2, 1, 32, 2), (1, 2, 32, 2), (1, 1, 256, 1)]
 
