@@ -146,7 +146,8 @@ inline void griddepcontrol_wait() {}
 inline void setmaxnreg_dec_sync_aligned_u32(int = 0) {}
 inline void setmaxnreg_inc_sync_aligned_u32(int = 0) {}
 inline void nanosleep_u32() { yield(); }
-inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* from, u32 bytes, u32 barrier) {
+inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* from, u32 bytes,
+                                                                           u32 barrier) {
     unsigned char* place = self->home->shared + to;
     copies.push_back({[=] { std::memcpy(place, from, bytes); }, self->home, barrier, bytes});
 }
@@ -174,11 +175,12 @@ inline void copy_box(u32 to, const void* map, int x, int y, int z, u32 barrier) 
     };
     copies.push_back({make, home, barrier, (u32)(of.box[0] * of.box[1] * of.box[2])});
 }
-inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y, u32 barrier) {
+inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y,
+                                                                                     u32 barrier) {
     copy_box(to, map, x * 2, y, 0, barrier);  // in bf16
 }
-inline void cp_async_bulk_tensor_3d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y, int z,
-                                                                                     u32 barrier) {
+inline void cp_async_bulk_tensor_3d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y,
+                                                                                     int z, u32 barrier) {
     copy_box(to, map, x * 4, y, z, barrier);  // in words
 }
 
@@ -187,7 +189,8 @@ inline void barrier_cluster_wait_aligned() { meet_cluster(); }
 inline void mbarrier_try_wait_parity_acquire_cluster_shared_cta_b64(u32 at, u32 parity) {
     mbarrier_try_wait_parity_shared_cta_b64(at, parity);
 }
-inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_v4_f32(u32 to, u32 barrier, u32 rank, float x, float y, float z, float w) {
+inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_v4_f32(u32 to, u32 barrier, u32 rank, float x, float y,
+                                                                      float z, float w) {
     Block* there = self->home->cluster + rank;
     const float4 v = {x, y, z, w};
     copies.push_back({[=] { std::memcpy(there->shared + to, &v, sizeof(v)); }, there, barrier, sizeof(v)});

@@ -175,6 +175,8 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
     const Inbox<L1> inbox(&box.x[0][0], X_STRIDE / 2, tokens);
     inbox.look_at_all(fragments);
     inbox.await_all(fragments);
-    each_tile(groups, [&](int, int, int) { consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing); });
+    each_tile(groups, [&](int, int, int) {
+        consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
+    });
 #endif
 }

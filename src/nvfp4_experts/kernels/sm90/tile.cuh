@@ -108,7 +108,9 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 o
             scales = load_8(from + CODE_BYTES + lane / 4 * 8);
         }
         begin(stage);
-        auto release = [&](u32 word) { barrier_arrive_warp_with(word, offsets & ~SCALE_OFFSETS, empty + ring.slot * BARRIER_BYTES); };
+        auto release = [&](u32 word) {
+            barrier_arrive_warp_with(word, offsets & ~SCALE_OFFSETS, empty + ring.slot * BARRIER_BYTES);
+        };
         if (has_chunk)
             multiply_chunk(sums, codes, scales, offsets, fragments[stage], release);
         else
