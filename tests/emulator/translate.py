@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel's CUDA C++ as C++ for machine.hpp, built and loaded.
+"""A kernel's CUDA C++ as C++ for instructions.hpp, built and loaded: `build` takes the kernel's name, its file and its
+macros, and gives a library whose `launch` runs it.
 
-Every asm statement becomes a call of the function that machine.hpp names after its instruction, outputs first.
+Every asm statement becomes a call of the function that instructions.hpp names after its instruction, outputs first.
 """
 
 from __future__ import annotations

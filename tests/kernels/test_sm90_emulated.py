@@ -84,18 +84,8 @@ class Emulator:
     def launch(self, _: None, config: SimpleNamespace, kernel: ctypes.CDLL, *arguments: Any) -> None:
         self._run(kernel, (config.grid,), config.block, config.shmem_size, packed(arguments), cluster=0)
 
-    def launch_structure(
-        self,
-        kernel: ctypes.CDLL,
-        blocks: int,
-        threads: int,
-        shared_bytes: int,
-        arguments: bytes,
-        device: torch.device,
-        *,
-        cluster: int = 1,
-        together: bool = False,
-    ) -> None:
+    def launch_structure(self, kernel: ctypes.CDLL, *shape: Any, cluster: int = 1, together: bool = False) -> None:
+        blocks, threads, shared_bytes, arguments, _ = shape
         self._run(kernel, (blocks,), threads, shared_bytes, arguments, 0 if together else cluster)
 
     def launch_kernel(

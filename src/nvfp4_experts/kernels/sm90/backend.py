@@ -38,8 +38,6 @@ from .over_shards import OverShards
 STAGES = 6
 THREADS = 640
 STAGE_BYTES, PARTIAL_BYTES, SMALL_BYTES = 9216, 16384, 1024
-MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}
-_ELEMENT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
 class Sm90Backend:
@@ -190,7 +188,7 @@ def _decode_macros(
     hidden: int, intermediate: int, mode: str, dtype: torch.dtype, result: torch.dtype
 ) -> tuple[tuple[str, int], ...]:
     sizes = (("HIDDEN", hidden), ("INTERMEDIATE", intermediate))
-    kinds = (("ACTIVATIONS", MODE[mode]), ("ELEMENT", _ELEMENT[dtype]), ("RESULT", _ELEMENT[result]))
+    kinds = (("ACTIVATIONS", gemm.MODE[mode]), ("ELEMENT", gemm.OUT[dtype]), ("RESULT", gemm.OUT[result]))
     room = (
         ("SHARED_BYTES", _shared_bytes(hidden, dtype)),
         ("MAILBOX_BYTES", mailbox_bytes(decode_box(hidden, intermediate))),

@@ -37,7 +37,7 @@ OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ENTER_THREADS, ENTER_VALUES = 256, 8  # THREADS and VALUES of enter.cu
 SCALE_OF_ALL, SCALE_OF_TOKEN, SCALE_OF_EXPERT = 0, 1, 2  # of gemm.cu
 _BOX_BYTES = 128  # of a row of activations
-_MODE = {"static": 1, "dynamic": 2, "per_token": 3}
+MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3}  # ACTIVATIONS of enter.cu, decode.cu and routed_decode.cu
 
 
 def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
@@ -224,7 +224,7 @@ def amax_partials(x: Tensor, partials: Tensor) -> None:
 
 def enter_kernel(name: str, mode: str, dtype: torch.dtype, device: torch.device) -> Any:
     """A kernel of enter.cu for x of a dtype."""
-    return load_kernel(name, "enter.cu", (("ACTIVATIONS", _MODE[mode]), ("ELEMENT", OUT[dtype])), device)
+    return load_kernel(name, "enter.cu", (("ACTIVATIONS", MODE[mode]), ("ELEMENT", OUT[dtype])), device)
 
 
 def gemm_kernel(config: GemmConfig, gate_up: bool, out: int, device: torch.device, grouped: bool = False) -> Any:

@@ -7,7 +7,7 @@
 //   y[t]            = ((0 + row of slot 0) + row of slot 1) + ... + row of the shared expert
 //
 // The tokens are the 8 columns of every product, whoever chose the expert: columns cost nothing, and x stays in registers
-// from one expert to the next. Blocks go through the groups in one order, L1 of all, then L2 of all: when the first
+// from one expert to the next. All blocks go through the groups in one order, L1 of all, then L2 of all: when the first
 // group's h is asked for, it has long been there. A block keeps the rows of its tiles in shared memory until the last.
 //
 // With NVFP4 activations x and h become NVFP4 values on the way, as routed_entering.cuh says; sums are multiplied by their
@@ -208,25 +208,14 @@ __device__ __forceinline__ int slot_read(const Group& group, int token) {
     return slot == NOBODY ? group.slots[group.asker] : slot;
 }
 
-// This block's n-th of `tiles` of L1, which are all groups' one after the other: they are dealt one by one. With STATIC x is
-// another in each group, so tiles are dealt in runs, as long as there are runs for all blocks; but for the first group's,
-// whose weights may be asked for before groups are known.
-constexpr int RUN = ACTIVATIONS == STATIC ? 8 : 1;
-__device__ __forceinline__ int tile_at(int n, int tiles) {
-    const int blocks = gridDim.x, alone = (L1::tiles + blocks - 1) / blocks, first = alone + (n - alone) / RUN * RUN;
-    if (RUN == 1 || n < alone || (first + RUN) * blocks > tiles) return n * blocks + blockIdx.x;
-    return first * blocks + blockIdx.x * RUN + n - first;
-}
-
-// This block's tiles of L1: visit(group, tile, next), group by group; next: the group of its next tile, or this one.
+// This block's tiles of L1, every gridDim.x-th of all groups' one after the other: visit(group, tile, next); next: the group
+// of its next tile, or this one.
 template <class Visit>
 __device__ __forceinline__ void each_tile(int groups, Visit visit) {
     const int tiles = groups * L1::tiles;
-    int upcoming = tile_at(0, tiles);
-    for (int n = 1; upcoming < tiles; n++) {
-        const int tile = upcoming;
-        upcoming = tile_at(n, tiles);
-        visit(tile / L1::tiles, tile % L1::tiles, (upcoming < tiles ? upcoming : tile) / L1::tiles);
+    for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+        const int next = i + (int)gridDim.x;
+        visit(i / L1::tiles, i % L1::tiles, (next < tiles ? next : i) / L1::tiles);
     }
 }
 

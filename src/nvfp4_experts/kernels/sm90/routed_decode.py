@@ -17,10 +17,10 @@ from torch import Tensor
 from ...layouts.fragments import ROWS
 from ..dispatch import Beside, Call, Routing
 from ..target import target_of
-from .backend import MODE, PARTIAL_BYTES, SMALL_BYTES, STAGE_BYTES, STAGES, THREADS
+from .backend import PARTIAL_BYTES, SMALL_BYTES, STAGE_BYTES, STAGES, THREADS
 from .compile import compile_all, launch_structure, load_kernel
 from .config import SHARED_BYTES
-from .gemm import OUT
+from .gemm import MODE, OUT
 from .grouped import mode_of
 from .mailbox import ROUTED_SLOTS, mailbox_bytes, mailboxes, routed_box
 
