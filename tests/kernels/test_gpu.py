@@ -71,7 +71,7 @@ def example(shape: tuple[int, int], mode: tuple[str, str], tokens: int) -> tuple
     return x, y.double()
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "sm100-decode", "sm100-torch", "sm100-flashinfer"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "sm90-fp8", "sm100-decode", "sm100-torch", "sm100-flashinfer"])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_reference(shape: tuple[int, int], mode: tuple[str, str], backend: str) -> None:

@@ -23,11 +23,11 @@ from nvfp4_experts.kernels.cuda.workspace import Part, bytes_of
 from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Call, Routing
 from nvfp4_experts.kernels.one_by_one import hit_experts
 from nvfp4_experts.kernels.sm90 import fp8, gemm, grouped
-from nvfp4_experts.kernels.sm90.backend import BACKEND
 from nvfp4_experts.kernels.sm90.config import GemmConfig
+from nvfp4_experts.kernels.sm90.fp8_backend import BACKEND
 from nvfp4_experts.kernels.sm90.routed_fp8 import ROUTED
+from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layouts.e4m3_fragments import unpack_e4m3_fragments
-from nvfp4_experts.layouts.fragments import unpack_fragments
 from nvfp4_experts.layouts.weights import deinterleave_rows
 from tests.kernels.test_routed_experts import draw_routing, make_experts, wanted
 from tests.kernels.test_sm90_compile import Kernel, compiler
@@ -109,7 +109,9 @@ def test_two_products_make_all_eight_magnitudes() -> None:
 
 @pytest.mark.parametrize("at_once", [WHOLE, 1 << 12, 1], ids=["whole", "tiles", "single"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_plan_with_torch_for_kernels(monkeypatch: pytest.MonkeyPatch, at_once: int, dtype: torch.dtype) -> None:
+def test_plan_of_many_tokens_with_torch_for_kernels(
+    monkeypatch: pytest.MonkeyPatch, at_once: int, dtype: torch.dtype
+) -> None:
     def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
         for to, made in zip((values, scales), quantize_fp8_rows(x), strict=True):
             to.copy_(made)
@@ -118,7 +120,7 @@ def test_plan_with_torch_for_kernels(monkeypatch: pytest.MonkeyPatch, at_once: i
         quantize_rows(reference.swiglu(*gate_up.float().chunk(2, dim=1), limit), h, scales)
 
     def unpack_rows(packed: Tensor, row_amax: Tensor, globals_: Tensor, values: Tensor, scales: Tensor) -> None:
-        codes, block_scales = unpack_fragments(packed, *values.shape)
+        codes, block_scales = unpack_e4m3_fragments(packed, *values.shape)
         decoded = decode_blocks(codes, block_scales, torch.float32)
         if len(row_amax) == 2:
             decoded = torch.cat(deinterleave_rows(decoded))
@@ -133,6 +135,7 @@ def test_plan_with_torch_for_kernels(monkeypatch: pytest.MonkeyPatch, at_once: i
     for twin in (quantize_rows, swiglu_quantize, unpack_rows, carve):
         monkeypatch.setattr(fp8, twin.__name__, twin)
     monkeypatch.setattr(fp8, "WEIGHTS_AT_ONCE", at_once)
+    monkeypatch.setattr(fp8, "FEW", 0)
     hidden, intermediate = 144, 80
     weights = weights_of(hidden, intermediate)
     x = torch.randn(5, hidden).to(dtype)
@@ -144,7 +147,7 @@ def test_plan_with_torch_for_kernels(monkeypatch: pytest.MonkeyPatch, at_once: i
 
 def test_scratch_of_a_huge_layer_is_bounded() -> None:
     hidden, intermediate, tokens = 16384, 8192, 1
-    parts = fp8.scratch(hidden, intermediate, tokens, torch.bfloat16)
+    parts = fp8._scratch_of_many(hidden, intermediate, tokens, torch.bfloat16)
     assert bytes_of(parts) <= fp8.WEIGHTS_AT_ONCE + 8 * (2 * intermediate + hidden)
     for rows, of_row in ((intermediate, 2 * hidden), (hidden, intermediate)):
         tiles = list(fp8._tiles(rows, of_row))
@@ -208,29 +211,13 @@ def test_plan_of_routed_experts_with_torch_for_kernels(monkeypatch: pytest.Monke
             row += len(slots)
         made["counts"][0], made["counts"][1] = tile, row
 
-    def enter_rows(x: Tensor, rows: Tensor, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
-        source = torch.arange(int(rows)) if gather is None else gather[: int(rows)].long()
-        made, made_scales = quantize_fp8_rows(x[source])
-        values[: int(rows)], scales[: int(rows)] = as_operands(made), made_scales[:, 0]
-
     def run_half(
         values: Tensor, packed: Tensor, rows: int, weight_scales: Tensor, out: Tensor, *_: Any, **named: Any
     ) -> None:
         groups, columns = named["groups"], hidden if named["gate_up"] else intermediate
-        plain = transposed(values.view(torch.uint8)).view(torch.float8_e4m3fn)[:, :columns].float()
         for expert, first, end, _ in groups.tiles[: int(groups.counts[0])].tolist():
-            codes, scales = unpack_e4m3_fragments(packed[expert], rows, columns)
-            decoded, halves = decode_blocks(codes, scales, torch.float32), weight_scales[expert].flatten()
-            amax = decoded.abs().amax(1).view(-1, 8) if named["gate_up"] else decoded.abs().amax(1)
-            of_rows = torch.stack((amax[::2].flatten(), amax[1::2].flatten())) if named["gate_up"] else amax
-            assert torch.equal(of_rows, named["row_amax"][expert].float())
-            made, made_scales = quantize_fp8_rows(decoded)
-            sums = (plain[first:end] @ made.float().T) * named["token_scales"][first:end, None] * made_scales[:, 0]
-            if named["gate_up"]:
-                gate, up = sums.view(end - first, -1, 2, 8).unbind(2)
-                sums = reference.swiglu(gate.flatten(1) * halves[0], up.flatten(1) * halves[1], named["limit"])
-            else:
-                sums = sums * halves[0]
+            of_expert = packed[expert], rows, columns, weight_scales[expert].flatten(), named["row_amax"][expert]
+            sums = half_by_torch(values[first:end], *of_expert, named["token_scales"][first:end], named)
             out[first:end] = sums if groups.weights is None else sums * groups.weights[first:end, None]
 
     def combine(rows: Tensor, row_of_slot: Tensor, top_k: int, addend: Tensor | None, out: Tensor) -> None:
@@ -240,13 +227,71 @@ def test_plan_of_routed_experts_with_torch_for_kernels(monkeypatch: pytest.Monke
     for twin in (carve, run_half, combine):
         monkeypatch.setattr(grouped, twin.__name__, twin)
     monkeypatch.setattr(grouped, "_group", group)
-    monkeypatch.setattr(fp8, "enter_rows", enter_rows)
+    monkeypatch.setattr(fp8, "enter_rows", enter_rows_by_torch)
     x, routing = torch.randn(tokens, hidden), draw_routing(tokens, top_k, weighting, experts)
     call, out, addend = Call(LIMIT, "fp8", "dynamic"), torch.empty(tokens, hidden), torch.randn(tokens, hidden)
     grouped.routed_experts(x, list(ROUTED.pack(*stacks).values()), routing, call, out, addend)
     want = wanted(x, stacks, routing, call) + addend
     # h is rounded to bf16 before its row's largest value is found: tests/tolerances.py.
     assert (out - want).norm() <= AGAINST_REFERENCE["routed_experts", "fp8", "sm90-fp8"] * want.norm()
+
+
+def enter_rows_by_torch(x: Tensor, rows: Tensor | None, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
+    count = len(values) if rows is None else int(rows)
+    made, made_scales = quantize_fp8_rows(x[:count] if gather is None else x[gather[:count].long()])
+    values[:count], scales[:count] = as_operands(made), made_scales[:, 0]
+
+
+def half_by_torch(
+    values: Tensor,
+    packed: Tensor,
+    rows: int,
+    columns: int,
+    weight_scales: Tensor,
+    row_amax: Tensor,
+    token_scales: Tensor,
+    named: dict[str, Any],
+) -> Tensor:
+    """What a launch of gemm.cu with FP8 makes of some rows of one expert, in fp32."""
+    codes, scales = unpack_e4m3_fragments(packed, rows, columns)
+    decoded = decode_blocks(codes, scales, torch.float32)
+    amax = decoded.abs().amax(1).view(-1, 8) if named["gate_up"] else decoded.abs().amax(1)
+    of_rows = torch.stack((amax[::2].flatten(), amax[1::2].flatten())) if named["gate_up"] else amax
+    assert torch.equal(of_rows, row_amax.float())
+    made, made_scales = quantize_fp8_rows(decoded)
+    plain = transposed(values.view(torch.uint8)).view(torch.float8_e4m3fn)[:, :columns].float()
+    sums = (plain @ made.float().T) * token_scales[:, None] * made_scales[:, 0]
+    if not named["gate_up"]:
+        return sums * weight_scales[0]
+    gate, up = sums.view(len(values), -1, 2, 8).unbind(2)
+    return reference.swiglu(gate.flatten(1) * weight_scales[0], up.flatten(1) * weight_scales[1], named["limit"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_plan_of_few_tokens_with_torch_for_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    hidden, intermediate, tokens = 144, 80, 5
+
+    def carve(device: torch.device, *parts: Part) -> list[Tensor]:
+        return [torch.empty(shape, dtype=dtype) for shape, dtype in parts]
+
+    def run_half(
+        values: Tensor, packed: Tensor, rows: int, weight_scales: Tensor, out: Tensor, config: GemmConfig, **named: Any
+    ) -> None:
+        assert config.fp8 and named["scaling"] == gemm.SCALE_OF_TOKEN
+        columns = hidden if named["gate_up"] else intermediate
+        of_weights = packed, rows, columns, weight_scales, named["row_amax"]
+        out.copy_(half_by_torch(values, *of_weights, named["token_scales"], named))
+
+    monkeypatch.setattr(fp8, "carve", carve)
+    monkeypatch.setattr(fp8, "enter_rows", enter_rows_by_torch)
+    monkeypatch.setattr(fp8, "target_of", lambda _: Target("cuda", "a Hopper", (9, 0), 132))
+    monkeypatch.setattr(gemm, "run_half", run_half)
+    weights = weights_of(hidden, intermediate)
+    x = torch.randn(tokens, hidden).to(dtype)
+    out = torch.empty_like(x)
+    fp8.shared_expert(x, list(BACKEND.pack(*weights).values()), Call(LIMIT, "fp8", "dynamic"), intermediate, out)
+    want = reference.shared_expert(x, *weights, swiglu_limit=LIMIT, activations="fp8").float()
+    assert (out.float() - want).norm() <= AGAINST_REFERENCE["routed_experts", "fp8", "sm90-fp8"] * want.norm()
 
 
 def padded(columns: int) -> int:
@@ -320,6 +365,25 @@ def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> No
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cut", [(1, 2, 32, 2), (2, 1, 64, 1), (1, 1, 128, 4), (1, 4, 32, 1), (2, 2, 128, 4)], ids=str)
+def test_weights_of_a_shared_expert_enter_the_fp8_gemm_so_too(cut: tuple[int, ...]) -> None:
+    """As above, by launches without a list of tiles, K cut in blocks and clusters; more rows than one block's."""
+    hidden, intermediate = 272, 576
+    weights = weights_of(hidden, intermediate, strange=True)
+    *_, down, scale, row_amax = BACKEND.pack(*(w.to("cuda") for w in weights)).values()
+    ones = torch.eye(intermediate, device="cuda")
+    values = torch.empty(intermediate, padded(intermediate), dtype=torch.float8_e4m3fn, device="cuda")
+    x_scales = torch.empty(intermediate, device="cuda")
+    out = torch.full((intermediate, hidden), torch.nan, device="cuda")
+    fp8.enter_rows(ones, None, None, values, x_scales)
+    config, named = GemmConfig(*cut, fp8=True), {"token_scales": x_scales, "scaling": gemm.SCALE_OF_TOKEN}
+    gemm.run_half(values, down, hidden, scale, out, config, gate_up=False, row_amax=row_amax, **named)
+    columns, row_scales = rounded(weights[2])
+    want = (columns.float() * 448).T * (torch.tensor(1 / 448) * row_scales)
+    torch.testing.assert_close(out.cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("limit", [LIMIT, math.inf])
 @pytest.mark.parametrize("columns", [80, 144, 3072, 40000])
 def test_swiglu_is_rounded_to_a_nearest_e4m3(columns: int, limit: float) -> None:
@@ -358,6 +422,7 @@ def test_layer_is_its_gemms_on_exact_operands(
 ) -> None:
     """Bit for bit the vendor's GEMMs on operands made by plain torch; tiles are other GEMMs, that may sum otherwise."""
     monkeypatch.setattr(fp8, "WEIGHTS_AT_ONCE", at_once)
+    monkeypatch.setattr(fp8, "FEW", 0)
     hidden, intermediate = shape
     weights = [w.to("cuda") for w in weights_of(hidden, intermediate)]
     packed = list(BACKEND.pack(*weights).values())

@@ -11,8 +11,15 @@ import torch
 
 from nvfp4_experts.diagnostics.bench.work import SHAPES
 from nvfp4_experts.kernels.cuda.workspace import bytes_of
-from nvfp4_experts.kernels.dispatch import ACTIVATION_SCALES, Call, Problem, Routing, choose_routed_backend
-from nvfp4_experts.kernels.sm90 import grouped, routed, routed_decode, routed_fp8
+from nvfp4_experts.kernels.dispatch import (
+    ACTIVATION_SCALES,
+    Call,
+    Problem,
+    Routing,
+    choose_backend,
+    choose_routed_backend,
+)
+from nvfp4_experts.kernels.sm90 import backend, grouped, routed, routed_decode, routed_fp8
 from nvfp4_experts.kernels.sm90.config import TOKENS, GemmProblem, config_is_legal, legal_configs
 from nvfp4_experts.kernels.target import Target
 
@@ -35,14 +42,15 @@ def test_few_tokens_of_few_slots_are_one_launch() -> None:
 
 @pytest.mark.usefixtures("on_hopper")
 def test_formats_of_one_launch() -> None:
-    """bf16, and NVFP4 with scales that are no expert's own; with more tokens none."""
+    """bf16 and NVFP4, with scales that are an expert's own up to fewer slots; with more tokens none."""
     weights = [torch.empty(0)] * 2 + [torch.empty(4, 2, 128)]
-    for tokens in (8, 9):
-        x, routing = torch.empty(tokens, 256), Routing(torch.empty(tokens, 2), torch.empty(tokens, 2), "before_down")
+    few = {("bf16", "dynamic"), *(("nvfp4", scale) for scale in ACTIVATION_SCALES)}
+    for tokens, top_k, wanted in ((8, 2, few), (8, 3, few - {("nvfp4", "static")}), (9, 1, set())):
+        indices = torch.empty(tokens, top_k)
+        x, routing = torch.empty(tokens, 256), Routing(indices, indices, "before_down")
         modes = ("bf16", "dynamic"), ("fp8", "dynamic"), *(("nvfp4", scale) for scale in ACTIVATION_SCALES)
         taken = {mode for mode in modes if routed._few(x, weights, routing, Call(0.0, *mode))}
-        few = {("bf16", "dynamic"), ("nvfp4", "dynamic"), ("nvfp4", "per_token")}
-        assert taken == (few if tokens == 8 else set())
+        assert taken == wanted
 
 
 @pytest.mark.usefixtures("on_hopper")
@@ -83,11 +91,12 @@ def test_scratch_grows_with_slots(mode: str) -> None:
 
 
 def test_what_it_has_no_kernel_for_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(routed.BACKEND), "refusal", lambda *_: None)
+    monkeypatch.setattr(backend, "_compiler_problem", lambda: None)
     assert routed.ROUTED.refusal(Problem(64, 64, "bf16", HOPPER, experts=256, top_k=6)) is None
     fp8 = Problem(64, 64, "fp8", HOPPER, experts=256, top_k=6)
     assert "sm90-fp8" in (routed.ROUTED.refusal(fp8) or "") and routed_fp8.ROUTED.refusal(fp8) is None
     assert "fp8" in (routed_fp8.ROUTED.refusal(replace(fp8, activations="bf16")) or "")
     assert [choose_routed_backend(name, fp8).name for name in ("auto", "sm90", "sm90-fp8")] == ["sm90-fp8"] * 3
     assert choose_routed_backend("auto", replace(fp8, activations="bf16")).name == "sm90"
+    assert [choose_backend(name, replace(fp8, experts=0)).name for name in ("auto", "sm90")] == ["sm90-fp8"] * 2
     assert "8192 experts" in (routed.ROUTED.refusal(Problem(64, 64, "bf16", HOPPER, experts=8193, top_k=6)) or "")

@@ -109,8 +109,8 @@ OF_KERNELS = (
         "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
     ),
     Mutant(
-        "routed: fp8 goes to the kernels whose weights are packed for bf16",
-        "kernels/sm90/routed.py",
+        "fp8 goes to the kernels whose weights are packed for bf16",
+        "kernels/sm90/backend.py",
         '(problem.activations == "fp8") != self.for_fp8',
         'problem.activations != "fp8" and self.for_fp8',
         "tests/kernels/test_sm90_routed.py::test_what_it_has_no_kernel_for_it_refuses",

@@ -32,6 +32,10 @@ WEIGHTINGS = ("before_down", "after_down")
 _MODULES = {"sm100": "sm100.backend", "sm90": "sm90.backend", "cpu": "cpu.backend", "torch": "torch_backend"}
 BACKENDS = tuple(_MODULES)
 
+# Another form of a backend's weights is a backend of its own, tried with it: the name stands for both.
+_ALSO = {"sm90": ("sm90-fp8",)}
+_MODULES_OF_FORMS = {"sm90-fp8": "sm90.fp8_backend"}
+
 # What "auto" never takes, wherever it runs: each answers another question than how to be fast.
 _MODULES_BY_NAME = {
     "sm100-torch": "sm100.vendor_torch",
@@ -39,7 +43,7 @@ _MODULES_BY_NAME = {
     "sm100-decode": "sm100.decoding",
     "exact": "exact.backend",
 }
-ALL_BACKENDS = (*BACKENDS, *_MODULES_BY_NAME)
+ALL_BACKENDS = (*BACKENDS, *_MODULES_OF_FORMS, *_MODULES_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
 _ROUTED = {
@@ -53,7 +57,6 @@ _ROUTED = {
     "sm100-decode": "sm100.decoding",
 }
 ROUTED_BACKENDS = tuple(_ROUTED)
-_ALSO = {"sm90": ("sm90-fp8",)}  # tried with the one of that name: its routed experts with weights in another form
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ def get_backend(name: str) -> Backend:
     """The backend of that name, imported on first use."""
     if name not in ALL_BACKENDS:
         raise UnsupportedError("backend", f"must be one of {('auto', *ALL_BACKENDS)}", repr(name), "use 'auto'")
-    module = (_MODULES | _MODULES_BY_NAME)[name]
+    module = (_MODULES | _MODULES_OF_FORMS | _MODULES_BY_NAME)[name]
     return importlib.import_module(f".{module}", __package__).BACKEND
 
 
@@ -218,7 +221,7 @@ def choose_backend(name: str, problem: Problem) -> Backend:
 
 
 def choose_routed_backend(name: str, problem: Problem) -> RoutedBackend:
-    """The backend to use for a problem with experts; as `choose_backend`, but that a name may stand for two forms."""
+    """The backend to use for a problem with experts; as `choose_backend`."""
 
     def refusal(other: str) -> str | None:
         if other not in _ROUTED:
@@ -226,14 +229,12 @@ def choose_routed_backend(name: str, problem: Problem) -> RoutedBackend:
             return "has no routed experts"
         return get_routed_backend(other).refusal(problem)
 
-    return get_routed_backend(_first_able(name, problem, refusal, _ALSO))
+    return get_routed_backend(_first_able(name, problem, refusal))
 
 
-def _first_able(
-    name: str, problem: Problem, refusal: Callable[[str], str | None], also: Mapping[str, tuple[str, ...]] | None = None
-) -> str:
+def _first_able(name: str, problem: Problem, refusal: Callable[[str], str | None]) -> str:
     def forms(names: tuple[str, ...]) -> list[str]:
-        return [form for one in names for form in (one, *(also or {}).get(one, ()))]
+        return [form for one in names for form in (one, *_ALSO.get(one, ()))]
 
     wanted = forms(BACKENDS if name == "auto" else (name,))
     for candidate in wanted:

@@ -69,13 +69,6 @@ __device__ __forceinline__ void barrier_arrive_warp(Address barrier) {
     if (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0) barrier_arrive(barrier);
 }
 
-// The same when `word` is in its register. `nothing` is 0 and must not be known to be: without a use of what was loaded the
-// assembler lets an arrival pass loads that have been issued and are not there yet.
-__device__ __forceinline__ void barrier_arrive_warp_with(u32 word, u32 nothing, Address barrier) {
-    __syncwarp();
-    if ((word & nothing) == 0 && (WARP_ARRIVALS == 32 || threadIdx.x % 32 == 0)) barrier_arrive(barrier);
-}
-
 // The phase completes when these bytes have arrived too.
 __device__ __forceinline__ void barrier_expect(Address barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hopper: which kernel runs a shared expert at which number of tokens.
 
-    tokens                 bf16, nvfp4                           fp8
-    1 .. decode limit (8)  decode.cu, the whole layer            unpack.cu + the vendor's GEMM
-    more                   gemm.cu, each half of the layer       unpack.cu + the vendor's GEMM
+    1 .. decode limit (8) tokens    decode.cu, the whole layer
+    more                            gemm.cu, each half of the layer
 
-choice.py says where the limit lies and which configuration of gemm.cu runs at how many tokens; gemm.py and fp8.py
-launch them. Kernels keep tokens apart, so a token's result does not depend on the others (but for "dynamic", whose
-scale is theirs) within a range of tokens that choice.py gives one configuration.
+choice.py says where the limit lies and which configuration of gemm.cu runs at how many tokens; gemm.py launches it.
+fp8 is another backend, `sm90-fp8` (fp8_backend.py): its weights are packed otherwise. Kernels keep tokens apart, so a
+token's result does not depend on the others (but for "dynamic", whose scale is theirs) within a range of tokens that
+choice.py gives one configuration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ..cuda.alignment import run_aligned
 from ..cuda.workspace import bytes_of, exclusive, reserve, scratch_bytes
 from ..dispatch import Call, Problem
 from ..target import target_of
-from . import fp8, gemm
+from . import gemm
 from .choice import decode_limit
 from .compile import compile_all, current_stream, load_kernel
 from .mailbox import all_bytes, decode_box, mailbox_bytes, mailboxes
@@ -44,12 +44,15 @@ class Sm90Backend:
     """See the module docstring; packed as layouts/fragments.py says, gate and up interleaved by 8 rows."""
 
     name = "sm90"
+    for_fp8 = False  # what the packed weights are for
     pack_matrix, unpack_matrix = staticmethod(pack_fragments), staticmethod(unpack_fragments)
     over_shards = OverShards
 
     def refusal(self, problem: Problem) -> str | None:
         if problem.target.capability != (9, 0):
             return "needs a Hopper GPU (compute capability 9.0)"
+        if (problem.activations == "fp8") != self.for_fp8:
+            return "packs weights for fp8 activations alone" if self.for_fp8 else "leaves fp8 activations to sm90-fp8"
         return _compiler_problem()
 
     def pack(self, gate: Nvfp4Tensor, up: Nvfp4Tensor, down: Nvfp4Tensor) -> dict[str, Tensor]:
@@ -80,26 +83,32 @@ class Sm90Backend:
         nothing that writes weights may still be on its way.
         """
         with torch.cuda.device(device):
-            if problem.activations == "fp8":
-                fp8.prepare(problem, device)
-                reserve(device, bytes_of(fp8.scratch(problem.hidden, problem.intermediate, max_tokens, torch.bfloat16)))
-            else:
-                modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
-                sizes = problem.hidden, problem.intermediate
-                self.prepare_result(problem, device, max_tokens, torch.bfloat16)
-                layouts = [list(gemm.scratch(mode, *sizes, max_tokens, torch.bfloat16).values()) for mode in modes]
-                reserve(device, max(bytes_of(parts) for parts in layouts))
-                mailboxes(device, decode_box(*sizes)).current()
+            self.prepare_result(problem, device, max_tokens, torch.bfloat16)
+            sizes = problem.activations, problem.hidden, problem.intermediate, max_tokens
+            reserve(device, self.most_scratch(*sizes, torch.bfloat16, torch.bfloat16))
+            self.prepare_mailboxes(problem, device)
         torch.cuda.synchronize(device)
 
     def prepare_result(self, problem: Problem, device: torch.device, max_tokens: int, result: torch.dtype) -> None:
-        """Compile and load what a call runs for bf16 hidden states and a result of that dtype; not for "fp8"."""
-        modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else ("bf16",)
-        kinds = [(problem.hidden, problem.intermediate, mode, torch.bfloat16, result) for mode in modes]
+        """Compile and load what a call runs for bf16 hidden states and a result of that dtype."""
+        kinds = [
+            (problem.hidden, problem.intermediate, mode, torch.bfloat16, result) for mode in _modes(problem.activations)
+        ]
         compile_all(("decode.cu", _decode_macros(*kind)) for kind in kinds)
         for kind in kinds:
             _decode_kernel(*kind, device)
         gemm.prepare(problem, device, max_tokens, result)
+
+    def prepare_mailboxes(self, problem: Problem, device: torch.device) -> None:
+        """Make what blocks of one launch hand each other words through."""
+        mailboxes(device, decode_box(problem.hidden, problem.intermediate)).current()
+
+    def most_scratch(
+        self, activations: str, hidden: int, intermediate: int, max_tokens: int, x: torch.dtype, _result: torch.dtype
+    ) -> int:
+        """Bytes that a call carves, up to a number of tokens, for hidden states and a result of these dtypes."""
+        sizes = hidden, intermediate, max_tokens, x
+        return max(bytes_of(list(gemm.scratch(mode, *sizes).values())) for mode in _modes(activations))
 
     def scratch_bytes(self, device: torch.device) -> int:
         return scratch_bytes(device) + all_bytes(device)
@@ -112,12 +121,12 @@ class Sm90Backend:
         size = weights[0].numel() // fragment_bytes(ROWS, x.shape[1]) * ROWS // 2
         # Launches go to the current device; those of one call share scratch.
         with torch.cuda.device(x.device), exclusive(x.device):
-            if call.activations == "fp8":
-                fp8.shared_expert(x, weights, call, size, out)
-            elif x.shape[0] > decode_limit(x.shape[1], size, target_of(x.device)):
-                gemm.shared_expert(x, weights, call, size, out)
-            else:
-                decode(x, weights, call, size, out)
+            self.launch(x, weights, call, size, out)
+
+    def launch(self, x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
+        """x (T, H) to out (T, H), both aligned to 16 bytes, on the current device."""
+        few = len(x) <= decode_limit(x.shape[1], size, target_of(x.device))
+        (decode if few else gemm.shared_expert)(x, weights, call, size, out)
 
 
 def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
@@ -148,6 +157,10 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
         mailboxes(x.device, decode_box(x.shape[1], size)).current().data_ptr(),
         out.data_ptr(),
     )
+
+
+def _modes(activations: str) -> tuple[str, ...]:
+    return ("static", "dynamic", "per_token") if activations == "nvfp4" else (activations,)
 
 
 def _shared_bytes(hidden: int, dtype: torch.dtype) -> int:

@@ -197,10 +197,9 @@ constexpr float UNPACKED = 128.0f;  // undoes the 2^-7 that decoded weights carr
 
 // Sixteen codes in two words as the A operands of two k16 steps, bf16 pairs of e2m1 * 2^-126; layouts/fragments.py says
 // why this is all of them.
-__device__ __forceinline__ u32 mixed_word(u32 first, u32 second) { return (first & 0x60306030u) | (second & ~0x60306030u); }
 __device__ __forceinline__ void decode(u32 first, u32 second, u32 (&a)[4], u32 (&b)[4]) {
     constexpr u32 CODES = 0x81C081C0;
-    const u32 mixed = mixed_word(first, second);
+    const u32 mixed = (first & 0x60306030u) | (second & ~0x60306030u);
     a[0] = first & CODES;
     a[1] = second << 2 & CODES;  // nothing that is kept goes round: a shift, which has more units than a rotation
     a[2] = mixed << 4 & CODES;

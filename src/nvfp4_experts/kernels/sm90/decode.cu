@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         const float static_scale = static_scale_at(input_scale), hidden_static_scale = static_scale_at(hidden_scale);
         const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
-        Ring<STAGES> ring;
+        Reader reader;
         Ring<2> partial;
         auto find_box = [&]() -> Box& {
             barrier_wait(shared_address(&shared.has_box), 0);
@@ -190,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
             keep_token_scales<0>(static_scale, shared);
             for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x)
-                consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
+                consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, [&](int stage) {
                     if (is_alone(tokens) && tile == blockIdx.x) take(stage, shared, fragments[stage]);
                 });
         }
@@ -204,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 enter_whole<L2>(box, tokens, shared, fragments);
             keep_token_scales<1>(hidden_static_scale, shared);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                consume_tile<L2>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
+                consume_tile<L2>(warp, shared.pipeline, offsets, reader, partial, fragments, [&](int stage) {
                     if (ORDERED && tile == blockIdx.x) inbox.await(stage, fragments[stage]);
                 });
         }

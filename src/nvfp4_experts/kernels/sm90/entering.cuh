@@ -64,22 +64,30 @@ __device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float 
 }
 
 // This block's share of `rows` rows of x to NVFP4 values for all blocks, by warp `warp` of `warps`. token_of(row): of x;
-// scales_of(row, g, s): its global scales; place(row): where its words go.
-template <class TokenOf, class ScalesOf, class Place>
+// scales_of(row, g, s): its global scales; place(row): where its words go. EACH: blocks of 16 that four lanes ask for at once.
+template <int EACH = 1, class TokenOf, class ScalesOf, class Place>
 __device__ __forceinline__ void post_share(const Element* x, int rows, int warp, int warps, TokenOf token_of, ScalesOf scales_of,
                                            Place place) {
     constexpr int BLOCKS = HIDDEN / BLOCK;
     const int c = threadIdx.x % 4, step = gridDim.x * warps * 8;
-    for (int first = (blockIdx.x + warp * gridDim.x) * 8; first < rows * BLOCKS; first += step) {
-        const int i = first + threadIdx.x % 32 / 4;
-        const bool is_one = i < rows * BLOCKS;
-        const int row = is_one ? i / BLOCKS : 0, column = is_one ? i % BLOCKS * BLOCK + 2 * c : 2 * c;
-        const Element* from = x + (size_t)token_of(row) * HIDDEN + column;
-        float v[4], g, s;
-        load_pair(from, v[0], v[1]);
-        load_pair(from + 8, v[2], v[3]);
-        scales_of(row, g, s);
-        const uint2 words = quantize_quarter(v, g, s);
-        if (is_one) post(place(row) + pair_position(column), words);
+    for (int first = (blockIdx.x + warp * gridDim.x) * 8; first < rows * BLOCKS; first += EACH * step) {
+        auto block_of = [&](int n) { return first + n * step + (int)threadIdx.x % 32 / 4; };
+        auto is_one = [&](int n) { return block_of(n) < rows * BLOCKS; };
+        auto row_of = [&](int n) { return is_one(n) ? block_of(n) / BLOCKS : 0; };
+        auto column_of = [&](int n) { return is_one(n) ? block_of(n) % BLOCKS * BLOCK + 2 * c : 2 * c; };
+        float v[EACH][4];
+#pragma unroll
+        for (int n = 0; n < EACH; n++) {
+            const Element* from = x + (size_t)token_of(row_of(n)) * HIDDEN + column_of(n);
+            load_pair(from, v[n][0], v[n][1]);
+            load_pair(from + 8, v[n][2], v[n][3]);
+        }
+#pragma unroll
+        for (int n = 0; n < EACH; n++) {
+            float g, s;
+            scales_of(row_of(n), g, s);
+            const uint2 words = quantize_quarter(v[n], g, s);
+            if (is_one(n)) post(place(row_of(n)) + pair_position(column_of(n)), words);
+        }
     }
 }

@@ -2,7 +2,7 @@
 // What surrounds the FP8 GEMMs: rows to e4m3 with a scale each, as quantize_fp8_rows of formats/activations.py does it.
 //
 //   quantize_rows_*   of x, byte for byte                                        floor: x read once, 1 byte written
-//   enter_rows_*      the same of routed experts' rows, in front of gemm.cu      floor: likewise
+//   enter_rows_*      the same in front of gemm.cu                               floor: likewise
 //   swiglu_quantize   of h = silu(min(gate, L)) * clamp(up, -L, L) in fp32       floor: 4 bytes read, 1 written per h
 //
 // A block of threads takes a row and reads it once: a thread keeps KEPT vectors of 8 values while the largest is found.
@@ -144,13 +144,13 @@ QUANTIZE_ROWS(quantize_rows_fp16, Float16)
 QUANTIZE_ROWS(quantize_rows_fp32, Float32)
 
 // Row r of values (.., columns up to a multiple of 64) is row gather[r] of x, or r where there is no such list; rows: how
-// many. One block a row.
+// many, or null where all are. One block a row.
 template <class Element>
 __device__ __forceinline__ void enter_rows(const Element* x, int columns, const int* rows, const int* gather,
                                            unsigned char* values, float* scales) {
     let_next_launch_begin();
     wait_for_launch_before();
-    const int row = blockIdx.x, count = __ldcg(rows);
+    const int row = blockIdx.x, count = rows ? __ldcg(rows) : gridDim.x;
     const size_t from = gather ? __ldcg(gather + row) : row;  // asked for together: one wait for both
     if (row >= count) return;
     unsigned char* to = values + (size_t)row * ((columns + 63) / 64 * 64);

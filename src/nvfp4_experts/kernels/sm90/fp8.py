@@ -1,5 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 activations of a shared expert on Hopper: weights to e4m3, and the vendor's FP8 GEMM with a scale per row.
+"""FP8 activations of a shared expert on Hopper, weights packed as layouts/e4m3_fragments.py says.
+
+up to FEW tokens: gemm.cu, straight from packed weights
+
+    fp8.cu       x -> e4m3 and a scale per token
+    gemm.cu      x @ W1.T, x @ W3.T, clamp and SwiGLU -> h in bf16
+    fp8.cu       h -> e4m3 and a scale per token
+    gemm.cu      h @ W2.T -> y
+
+more: weights to e4m3, and the vendor's FP8 GEMM with a scale per row
 
     fp8.cu       x -> e4m3 and a scale per token
     unpack.cu    W1, W3 -> e4m3 and a scale per output row
@@ -8,19 +17,21 @@
     unpack.cu    W2 -> e4m3, over the weights before
     _scaled_mm   y, in bf16
 
-Routed experts have a kernel of their own (grouped.py); `enter_rows` brings their rows to e4m3 in front of it.
+Routed experts are gemm.cu's at any number of tokens (grouped.py); `enter_rows` brings their rows to e4m3 for it.
 
-Operands are those of kernels/reference.py. Two things differ from it: gate, up and y are rounded to bf16 out of the sum
-(in fp32 there would be twice the traffic between the GEMMs), and the tensor cores keep 13 fractional bits of a running
-sum. Both are small beside e4m3 itself; tests/tolerances.py has the figures.
+Operands are those of kernels/reference.py. Two things differ from it: h (few tokens) or gate, up and y (more) are
+rounded to bf16 out of the sum (in fp32 there would be twice the traffic between the GEMMs), and the tensor cores keep
+13 fractional bits of a running sum. Both are small beside e4m3 itself; tests/tolerances.py has the figures.
 
-Scratch: e4m3 weights, WEIGHTS_AT_ONCE at most, x and h in e4m3, gate and up in bf16. Floor: 2 * T * 3HI flops at the
-FP8 rate, and around the GEMMs 1.5625 bytes a weight, 3 (bf16) a value of x and 5 a value of h.
+Scratch: x and h in e4m3; h in bf16, or gate and up and e4m3 weights, WEIGHTS_AT_ONCE at most. Floor: 2 * T * 3HI flops
+at the FP8 rate, and around the GEMMs 0.5625 bytes a weight (more tokens: 1.5625), 3 (bf16) a value of x and 5 a value
+of h.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,10 +39,15 @@ import torch
 from torch import Tensor
 
 from ...layouts.fragments import COLUMNS, ROWS, fragment_bytes
-from ..cuda.workspace import Part, carve
+from ..cuda.workspace import Part, bytes_of, carve
 from ..dispatch import Call, Problem
+from ..target import target_of
+from . import gemm
+from .choice import choose
 from .compile import launch_kernel, load_kernel
+from .config import GemmConfig
 
+FEW = 256  # tokens
 WEIGHTS_AT_ONCE = 1 << 26
 _QUANTIZE_ROWS = {
     torch.bfloat16: "quantize_rows_bf16",
@@ -43,19 +59,61 @@ _UNPACK_THREADS, _CHUNKS_OF_BLOCK = 256, 16  # as in unpack.cu
 _VALUES_OF_THREAD, _WARP, _MOST_THREADS = 32, 32, 1024  # as in fp8.cu
 
 
-def prepare(problem: Problem, device: torch.device) -> None:
-    """Compile and load what `shared_expert` runs for bf16 hidden states; no size is compiled in."""
-    _kernel("unpack_fragments", device)
-    _kernel(_QUANTIZE_ROWS[torch.bfloat16], device)
-    _kernel("swiglu_quantize", device)
+def prepare(problem: Problem, device: torch.device, max_tokens: int, result: torch.dtype) -> None:
+    """Compile and load what `shared_expert` runs for bf16 hidden states, up to a number of tokens."""
+    prepare_rows(device)
+    gemm.prepare(problem, device, min(max_tokens, FEW), result)
+    if max_tokens > FEW:
+        for name in ("unpack_fragments", _QUANTIZE_ROWS[torch.bfloat16], "swiglu_quantize"):
+            _kernel(name, device)
 
 
 def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
-    """x (T, H) to out (T, H), both aligned to 16 bytes; weights as `Sm90Backend.pack` made them."""
+    """x (T, H) to out (T, H), both aligned to 16 bytes; weights as `Sm90Fp8Backend.pack` made them."""
+    (_few if len(x) <= FEW else _many)(x, weights, call, size, out)
+
+
+def most_scratch(hidden: int, intermediate: int, max_tokens: int, dtype: torch.dtype) -> int:
+    """The most that `shared_expert` carves, up to a number of tokens, for a result of that dtype."""
+    few = bytes_of(_scratch_of_few(hidden, intermediate, min(max_tokens, FEW)))
+    if max_tokens <= FEW:
+        return few
+    return max(few, bytes_of(_scratch_of_many(hidden, intermediate, max_tokens, dtype)))
+
+
+def _few(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
+    gate_up, global_scales, row_amax, down, down_global_scale, down_row_amax = weights
+    tokens, hidden = x.shape
+    first, second = (replace(config, fp8=True) for config in choose(hidden, size, tokens, target_of(x.device)))
+    values, h, h_values, scales = carve(x.device, *_scratch_of_few(hidden, size, tokens))
+
+    def multiply(
+        of: Tensor, w: Tensor, rows: int, scale: Tensor, to: Tensor, config: GemmConfig, amax: Tensor, **half: Any
+    ) -> None:
+        named = {"token_scales": scales, "scaling": gemm.SCALE_OF_TOKEN, "row_amax": amax, **half}
+        gemm.run_half(of, w, rows, scale, to, config, **named)
+
+    enter_rows(x, None, None, values, scales)
+    multiply(values, gate_up, 2 * size, global_scales, h, first, row_amax, gate_up=True, limit=call.clamp)
+    enter_rows(h, None, None, h_values, scales)
+    multiply(h_values, down, hidden, down_global_scale, out, second, down_row_amax, gate_up=False)
+
+
+def _scratch_of_few(hidden: int, intermediate: int, tokens: int) -> list[Part]:
+    of_x, of_h = (-(-columns // COLUMNS) * COLUMNS for columns in (hidden, intermediate))
+    return [
+        ((tokens, of_x), torch.float8_e4m3fn),
+        ((tokens, intermediate), torch.bfloat16),
+        ((tokens, of_h), torch.float8_e4m3fn),
+        ((tokens,), torch.float32),
+    ]
+
+
+def _many(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
     gate_up, global_scales, row_amax, down, down_global_scale, down_row_amax = weights
     tokens, hidden = x.shape
     values, scales, sums, h, h_scales, decoded, row_scales, *cast = carve(
-        x.device, *scratch(hidden, size, tokens, out.dtype)
+        x.device, *_scratch_of_many(hidden, size, tokens, out.dtype)
     )
     y = cast[0] if cast else out
 
@@ -81,8 +139,7 @@ def shared_expert(x: Tensor, weights: list[Tensor], call: Call, size: int, out: 
         out.copy_(y)
 
 
-def scratch(hidden: int, intermediate: int, tokens: int, dtype: torch.dtype) -> list[Part]:
-    """What `shared_expert` carves for a result of that dtype."""
+def _scratch_of_many(hidden: int, intermediate: int, tokens: int, dtype: torch.dtype) -> list[Part]:
     rows = 2 * _tile_rows(intermediate, 2 * hidden), _tile_rows(hidden, intermediate)
     parts: list[Part] = [
         ((tokens, hidden), torch.float8_e4m3fn),
@@ -104,11 +161,11 @@ def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     launch_kernel(kernel, (x.shape[0],), _threads(x.shape[1]), x, np.int32(x.shape[1]), values, scales)
 
 
-def enter_rows(x: Tensor, rows: Tensor, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
+def enter_rows(x: Tensor, rows: Tensor | None, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
     """As `quantize_rows`, row gather[r] of x for row r (None: r), in the order of layouts/e4m3_fragments.py.
 
     Args:
-        rows: (1,) int32: how many, at most len(values).
+        rows: (1,) int32: how many, at most len(values); None: all.
         values: (R, K up to a multiple of 64) e4m3, zero where x has no column.
     """
     kernel = _kernel(_ENTER_ROWS[x.dtype], x.device)
@@ -133,7 +190,7 @@ def unpack_rows(packed: Tensor, row_amax: Tensor, global_scales: Tensor, values:
     """Packed rows to values (N, K) e4m3 and scales (N,) fp32.
 
     Args:
-        packed: N rows as `pack_fragments` made them.
+        packed: N rows as `pack_e4m3_fragments` made them.
         row_amax: (1, N) bf16; or (2, N / 2), of gate and of up, whose packed rows interleave and are taken apart.
         global_scales: (1,) or (2,) fp32.
     """

@@ -20,8 +20,8 @@
 // and their expert. A tile of few rows is multiplied by narrower wgmmas, to the next 8 from NARROWEST on, and less of the
 // ring is filled. A stage's wgmmas have ended before the next is decoded. One part only.
 //
-// FP8 (GROUPED alone): weights as layouts/e4m3_fragments.py packs them become e4m3 in units of their row's amax / 448;
-// activations are e4m3 in the order that it says, with a scale a row. Half of the wgmmas.
+// FP8: weights as layouts/e4m3_fragments.py packs them become e4m3 in units of their row's amax / 448; activations are
+// e4m3 in the order that it says, with a scale a row. Half of the wgmmas.
 //
 // Floor: max(0.5625 bytes per weight, 2 flops per weight and token). In between, decoding: a warp issues about 83
 // instructions for 16 rows x 64 columns, 45 of them (FP8: 38) on the pipe that takes one every other cycle, whatever TOKENS
@@ -51,7 +51,6 @@ constexpr int STAGE_SLICES = STAGE_CHUNKS / SLICE_CHUNKS, STEPS = FP8 ? 2 : 4;  
 constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : SLICE_BYTES;  // bytes from a chunk of activations to the next
 constexpr int NARROWEST = TOKENS < 128 ? 8 : 64;            // of wgmmas with GROUPED
 constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;         // that a part finishes, at most
-static_assert(!FP8 || GROUPED, "row_amax comes with the list of tiles");
 static_assert(STRIPS == 1 || PARTS == 1, "sums of parts are of one strip");
 static_assert(BOX_TOKENS % 8 == 0, "the swizzle's period is 8 rows");
 __device__ constexpr int first_group(int part) { return GROUPS * part / PARTS; }
@@ -76,11 +75,11 @@ struct Arguments {
     void* out;                   // (tokens, rows / 2 or rows), `stride` values from a token to the next
     int scaling, tokens, rows, chunks, stride;
     float limit;
+    const BFloat16* row_amax;  // FP8: of the weight rows of each expert; GATE_UP: of gate's, then of up's
 #if GROUPED
     const TokenTile* token_tiles;
     const int* token_tile_count;
     const float* row_weights;  // of each row of the activations, for what comes out; null: 1
-    const BFloat16* row_amax;  // FP8: of each expert's weight rows; GATE_UP: of gate's, then of up's
 #endif
 };
 
@@ -325,26 +324,8 @@ __device__ __forceinline__ Rows rows_of(const Scales& scales) {
 }
 
 #if FP8
-__device__ __forceinline__ float row_amax(const Tile& tile, int row, int h) {
-    const int g = threadIdx.x % 32 / 4, index = GATE_UP ? row / 2 + h * (ROWS / 2) : row + 8 * h;
-    return amax_or_floor(to_float(tile.row_amax[index + g]));
-}
-
-// The amax of a tile's weight rows: how many bytes, and their copy.
-__device__ __forceinline__ u32 row_amax_bytes(const Arguments& arguments, int row) {
-    return min(ROWS, arguments.rows - row) * sizeof(BFloat16);
-}
-__device__ __forceinline__ void copy_row_amax(const Arguments& arguments, int expert, int row, Tile& tile, Address barrier) {
-    constexpr int HALVES = GATE_UP ? 2 : 1;
-    const size_t of_half = arguments.rows / HALVES;
-#pragma unroll
-    for (int h = 0; h < HALVES; h++)
-        copy_to_shared(shared_address(&tile.row_amax[h * (ROWS / 2)]),
-                       arguments.row_amax + (expert * HALVES + h) * of_half + row / HALVES,
-                       row_amax_bytes(arguments, row) / HALVES, barrier);
-}
+#include "row_amax.cuh"
 #endif
-
 #include "finish.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(const __grid_constant__ Arguments arguments) {
@@ -389,7 +370,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
                     tile.tokens = tokens, tile.scales = load_scales(arguments, tokens.expert);
                 }
 #endif
-#if FP8
+#if FP8 && GROUPED
                 const u32 amax_bytes = stage == 0 ? row_amax_bytes(arguments, row) : 0;
                 barrier_expect(barrier, STAGE_CHUNKS * WEIGHT_BYTES + amax_bytes);
                 if (stage == 0) copy_row_amax(arguments, tokens.expert, row, shared.tiles[place.slot], barrier);
@@ -421,9 +402,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-        wait_for_launch_before();  // it may still read what this launch writes
         const int row_warp = warp % ROW_WARPS;
         Ring<STAGES> ring;
+#if FP8 && !GROUPED
+        auto row_amax = [&](const Work& work) { return RowAmax(arguments.row_amax, arguments.rows, work.row(), row_warp); };
+        RowAmax amax = row_amax(Work(arguments, split));  // weights do not depend on the launch before
+#endif
+        wait_for_launch_before();  // it may still read what this launch writes
 #if GROUPED
         Ring<STAGES + 1> place;
         for (Work work(arguments, 0); work.more(); work.next(), place.next()) {
@@ -432,9 +417,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
             float sums[STRIPS][TOKENS / 2] = {};
             float inverses[STRIPS][2];
 #if FP8
-#pragma unroll
-            for (int i = 0; i < 2 * STRIPS; i++)
-                inverses[i / 2][i % 2] = inverse_of(row_amax(tile, row_of(row_warp, i / 2), i % 2));
+            auto row_amax = [&] { return RowAmax(tile.row_amax, ROWS, 0, row_warp); };
+            row_amax().invert(inverses);
 #endif
             const int count = __shfl_sync(~0u, tile.tokens.end - tile.tokens.first, 0);  // so the compiler knows it is one
             multiply_few<NARROWEST, TOKENS>(count, work.end, row_warp, shared, inverses, ring, sums);
@@ -443,7 +427,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
                 const int row = row_of(row_warp, strip);
                 Rows rows = rows_of(tile.scales);
 #if FP8
-                for (int h = 0; h < 2; h++) rows.factors[h] *= __fdiv_rn(row_amax(tile, row, h), 448.0f);
+                row_amax().scale(strip, rows);  // not kept in registers meanwhile
 #endif
                 finish(arguments, rows, tile.scales.hidden, work.row() + row, tile.tokens.first, tile.tokens.end, shared,
                        sums[strip]);
@@ -453,24 +437,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) shared_expert_gemm(cons
         const int column_group = warp / ROW_WARPS;
         if (lane == 0) shared.scales[warp] = load_scales(arguments, 0);
         __syncwarp();
-        for (Work work(arguments, split); work.more(); work.next()) {
+        for (Work work(arguments, split); work.more();) {
             const int token = work.tokens(arguments, work.tile).first;
             float sums[STRIPS][TOKENS / 2] = {};
-            multiply<TOKENS>(work.end - work.begin, row_warp, column_group, shared, {}, ring, sums);
+            float inverses[STRIPS][2] = {};
+#if FP8
+            amax.invert(inverses);
+#endif
+            multiply<TOKENS>(work.end - work.begin, row_warp, column_group, shared, inverses, ring, sums);
             const Scales scales = shared.scales[warp];
-            const Rows rows = rows_of(scales);
+            auto rows = [&](int strip) {
+                Rows made = rows_of(scales);
+#if FP8
+                amax.scale(strip, made);
+#endif
+                return made;
+            };
 #if PARTED
             float whole[SHARE * 4];
             const int part = split * COLUMN_GROUPS + column_group;
             exchange(part, shared, sums[0], whole);
             const int end = min(arguments.tokens, token + first_group(part + 1) * 8);
-            finish(arguments, rows, scales.hidden, work.row() + row_of(row_warp, 0), token + first_group(part) * 8, end,
+            finish(arguments, rows(0), scales.hidden, work.row() + row_of(row_warp, 0), token + first_group(part) * 8, end,
                    shared, whole);
 #else
 #pragma unroll
             for (int strip = 0; strip < STRIPS; strip++)
-                finish(arguments, rows, scales.hidden, work.row() + row_of(row_warp, strip), token, arguments.tokens, shared,
-                       sums[strip]);
+                finish(arguments, rows(strip), scales.hidden, work.row() + row_of(row_warp, strip), token, arguments.tokens,
+                       shared, sums[strip]);
+#endif
+            work.next();
+#if FP8
+            amax = row_amax(work);
 #endif
         }
 #endif

@@ -16,7 +16,7 @@ import ctypes
 import functools
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -152,7 +152,7 @@ def run_half(
     tiles = packed.numel() // (chunks * CHUNK_BYTES)
     box_tokens = _box_tokens(config, groups is not None)
     arguments = struct.pack(
-        "<128s128s4Q5if",
+        "<128s128s4Q5ifQ",
         _weight_map(packed.data_ptr(), tiles, chunks, config.rows // ROWS, config.stage_chunks),
         _activation_map(values.data_ptr(), tokens, columns, box_tokens, values.dtype.itemsize),
         weight_scales.data_ptr(),
@@ -165,17 +165,17 @@ def run_half(
         chunks,
         out.stride(0),
         limit,
+        _address(row_amax),
     )
     multiprocessors = target_of(values.device).multiprocessors or 1
     if groups is None:
         blocks = -(-rows // config.rows) * -(-tokens // config.tokens)
         if config.parts == 1:
             blocks = min(blocks, multiprocessors)
-        arguments += bytes(8)
     else:
         blocks = multiprocessors
-        more = groups.tiles, groups.counts, groups.weights, row_amax
-        arguments += struct.pack("<4Q40x", *map(_address, more))
+        more = groups.tiles, groups.counts, groups.weights
+        arguments += struct.pack("<3Q40x", *map(_address, more))
     shape = blocks * config.split, config.threads, config.shared_bytes
     launch_structure(kernel, *shape, arguments, values.device, cluster=config.split)
 
@@ -185,19 +185,20 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def prepare(problem: Problem, device: torch.device, max_tokens: int, result: torch.dtype = torch.bfloat16) -> None:
-    """Compile and load what `shared_expert` runs for bf16 hidden states, up to a number of tokens."""
-    modes = {"nvfp4": ("static", "dynamic", "per_token"), "bf16": ("bf16",)}[problem.activations]
+    """Compile and load what `shared_expert` runs for bf16 hidden states, up to a number of tokens (fp8: the GEMMs)."""
+    modes = ("static", "dynamic", "per_token") if problem.activations == "nvfp4" else (problem.activations,)
     gemms = []
     for tokens in token_ranges(max_tokens):
         first, second = choose(problem.hidden, problem.intermediate, tokens, problem.target)
         for mode in modes:
-            h = {"bf16": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
-            gemms += [(first, True, h), (second, False, OUT[result])]
+            h = {"bf16": BF16, "fp8": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
+            cuts = [replace(config, fp8=mode == "fp8") for config in (first, second)]
+            gemms += [(cuts[0], True, h), (cuts[1], False, OUT[result])]
     compile_all(("gemm.cu", macros_of(*gemm)) for gemm in gemms)
     for gemm in gemms:
         gemm_kernel(*gemm, device)
     for mode in modes:
-        if mode != "bf16":
+        if mode not in ("bf16", "fp8"):
             for dtype in {torch.bfloat16, torch.bfloat16 if mode == "static" else torch.float32}:
                 enter_kernel("enter_nvfp4", mode, dtype, device)
                 if mode == "dynamic":

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
-    bf16, nvfp4 dynamic and per_token,    routed_decode.py, one launch, a shared expert of the same size and format a
-    up to 8 tokens and 64 slots           group of it; not where I is below 100 or so (`routed_decode.fits`)
-    else                                  grouped.py; the shared expert first, its fp32 result (fp8: bf16, as its GEMM
-                                          leaves it) added with the rows
+    bf16 and nvfp4, up to 8 tokens and    routed_decode.py, one launch, a shared expert of the same size and format a
+    64 slots (static: 16)                 group of it; not where I is below 100 or so (`routed_decode.fits`)
+    else                                  grouped.py; the shared expert first, its fp32 result (fp8, many tokens: bf16,
+                                          as its GEMM leaves it) added with the rows
 
 Kernels keep rows apart, so a token's result does not depend on the others (but for "dynamic"). fp8 is another backend,
 `sm90-fp8` (routed_fp8.py): its weights are packed otherwise.
@@ -19,24 +19,22 @@ from ..cuda.alignment import run_aligned
 from ..cuda.workspace import bytes_of, carve, exclusive, reserve
 from ..dispatch import Beside, Call, Problem, Routing
 from ..one_by_one import StackedExperts
-from . import fp8, gemm, grouped, routed_decode
-from .backend import BACKEND
+from . import grouped, routed_decode
+from .backend import BACKEND, Sm90Backend
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
-# What routed_decode.py runs on a GPU. It takes "static" as well; docs/decisions.md says what is missing for that.
-_IN_ONE_LAUNCH = ("bf16", "dynamic", "per_token")
+# Up to how many slots a call is one launch. With "static" x is another for each expert: more are faster in groups.
+_MOST_SLOTS = {"bf16": 64, "static": 16, "dynamic": 64, "per_token": 64}
 
 
 class Sm90RoutedExperts(StackedExperts):
     """See the module docstring."""
 
-    for_fp8 = False  # what the packed weights are for
+    one: Sm90Backend
 
     def refusal(self, problem: Problem) -> str | None:
         if (reason := super().refusal(problem)) is not None:
             return reason
-        if (problem.activations == "fp8") != self.for_fp8:
-            return "packs weights for fp8 activations alone" if self.for_fp8 else "leaves fp8 activations to sm90-fp8"
         if problem.experts > _MAX_EXPERTS:
             return f"takes at most {_MAX_EXPERTS} experts"
         return None
@@ -48,9 +46,8 @@ class Sm90RoutedExperts(StackedExperts):
         sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
             grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
-            in_one_launch = tuple(mode for mode in modes if mode in _IN_ONE_LAUNCH)
-            if in_one_launch and routed_decode.fits(*sizes, device):
-                routed_decode.prepare(*sizes, in_one_launch, device)
+            if not self.one.for_fp8 and routed_decode.fits(*sizes, device):
+                routed_decode.prepare(*sizes, modes, device)
             shape = *sizes, problem.experts, max_tokens, problem.top_k
             layouts = [list(grouped.scratch(mode, *shape).values()) for mode in modes]
             reserve(device, max(map(bytes_of, layouts)) + bytes_of([((max_tokens, problem.hidden), torch.float32)]))
@@ -62,21 +59,37 @@ class Sm90RoutedExperts(StackedExperts):
 
     def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
         """Compile and load the shared expert's kernels with a result in fp32, and reserve what they and it take."""
-        result = ((max_tokens, shared.hidden), torch.float32)
         with torch.cuda.device(device):
-            if shared.activations == "fp8":
-                fp8.prepare(shared, device)
-                parts = fp8.scratch(shared.hidden, shared.intermediate, max_tokens, torch.float32)
-                reserve(device, bytes_of(parts) + bytes_of([result]))
-            else:
-                BACKEND.prepare_result(shared, device, max_tokens, torch.float32)
+            self.one.prepare_result(shared, device, max_tokens, torch.float32)
+            sizes = shared.activations, shared.hidden, shared.intermediate, max_tokens
+            of_shared = self.one.most_scratch(*sizes, torch.bfloat16, torch.float32)
+            reserve(device, of_shared + bytes_of([((max_tokens, shared.hidden), torch.float32)]))
 
     def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
-        if beside.backend is not BACKEND:
+        if beside.backend is not self.one:
             super().moe(x, weights, routing, call, beside, out)
             return
         with torch.cuda.device(x.device), exclusive(x.device):
-            run_aligned(_run_beside, x, weights, routing, call, beside, out=out)
+            run_aligned(self._run_beside, x, weights, routing, call, beside, out=out)
+
+    def _run_beside(
+        self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor
+    ) -> None:
+        of_shared, top_k = beside.call, routing.indices.shape[1]
+        same_size = beside.weights[0].numel() == weights[0][0].numel()
+        same_format = grouped.mode_of(of_shared) == grouped.mode_of(call) and of_shared.clamp == call.clamp
+        if _few(x, weights, routing, call) and same_size and same_format:
+            routed_decode.routed_experts(x, weights, routing, call, out, beside)
+            return
+        # Scratch of the two calls begins at one place; what one hands the other lies behind both.
+        tokens, hidden = x.shape
+        experts, _, size = weights[2].shape
+        of_routed = list(grouped.scratch(grouped.mode_of(call), hidden, size, experts, tokens, top_k).values())
+        sizes = of_shared.activations, hidden, beside.weights[2].shape[1], tokens
+        used = max(bytes_of(of_routed), self.one.most_scratch(*sizes, x.dtype, torch.float32))
+        (addend,) = carve(x.device, ((tokens, hidden), torch.float32), behind=used)
+        self.one.shared_expert(x, beside.weights, of_shared, addend)
+        grouped.routed_experts(x, weights, routing, call, out, addend)
 
 
 def _run(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
@@ -84,30 +97,9 @@ def _run(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Te
     run(x, weights, routing, call, out)
 
 
-def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
-    of_shared, top_k = beside.call, routing.indices.shape[1]
-    same_size = beside.weights[0].numel() == weights[0][0].numel()
-    same_format = grouped.mode_of(of_shared) == grouped.mode_of(call) and of_shared.clamp == call.clamp
-    if _few(x, weights, routing, call) and same_size and same_format:
-        routed_decode.routed_experts(x, weights, routing, call, out, beside)
-        return
-    # Scratch of the two calls begins at one place; what one hands the other lies behind both.
-    tokens, hidden = x.shape
-    experts, _, size = weights[2].shape
-    sizes = hidden, beside.weights[2].shape[1], tokens
-    of_routed = list(grouped.scratch(grouped.mode_of(call), hidden, size, experts, tokens, top_k).values())
-    if of_shared.activations == "fp8":
-        of_other = fp8.scratch(*sizes, torch.float32)
-    else:
-        of_other = list(gemm.scratch(grouped.mode_of(of_shared), *sizes, x.dtype).values())
-    used = max(bytes_of(of_routed), bytes_of(of_other))
-    (addend,) = carve(x.device, ((tokens, hidden), torch.float32), behind=used)
-    BACKEND.shared_expert(x, beside.weights, of_shared, addend)
-    grouped.routed_experts(x, weights, routing, call, out, addend)
-
-
 def _few(x: Tensor, weights: list[Tensor], routing: Routing, call: Call) -> bool:
-    few = grouped.mode_of(call) in _IN_ONE_LAUNCH and routed_decode.takes(*routing.indices.shape)
+    most = _MOST_SLOTS.get(grouped.mode_of(call), 0)
+    few = routing.indices.numel() <= most and routed_decode.takes(*routing.indices.shape)
     return few and routed_decode.fits(x.shape[1], weights[2].shape[2], x.device)
 
 

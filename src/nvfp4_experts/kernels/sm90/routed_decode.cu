@@ -390,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
-        Ring<STAGES> ring;
+        Reader reader;
         Ring<2> partial;
         auto nothing = [](int) {};
 #if ACTIVATIONS == BF16
@@ -398,14 +398,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             Fragment fragments[L1::stages];
             enter_bf16<L1>(arguments.x, arguments.tokens, fragments);
             each_tile(group_count(), [&](int, int, int) {
-                consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
+                consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
             });
         }
 #else
         {
             Box& box = arguments.mailbox->boxes[launch_number(*arguments.mailbox) % 2];
             post_x(arguments, shared, box, group_count);
-            multiply_entered(group_count(), warp, arguments.tokens, shared, box, offsets, ring, partial);
+            multiply_entered(group_count(), warp, arguments.tokens, shared, box, offsets, reader, partial);
         }
 #endif
         const int groups = shared.group_count;
@@ -419,7 +419,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             if (group + 1 < groups) inbox_of(group + 1).look_at_all(upcoming);
             inbox_of(group).await_all(fragments, shared.groups[group].asker);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                consume_tile<L2>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
+                consume_tile<L2>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
         }
     }
 }

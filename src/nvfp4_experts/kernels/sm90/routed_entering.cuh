@@ -34,7 +34,7 @@ __device__ __forceinline__ void post_x(const Arguments& arguments, Shared& share
 // x of the routed experts' slots, by the enterer; and word when every block has posted its share.
 __device__ __forceinline__ void post_x_of_slots(const Arguments& arguments, Shared& shared, Box& box) {
     const int top_k = arguments.top_k;
-    post_share(
+    post_share<4>(
         arguments.x, arguments.tokens * top_k, 0, 1, [&](int row) { return row / top_k; },
         [&](int row, float& g, float& s) { global_scales(0, shared.x_scale[row], g, s); },
         [&](int row) { return box.x[row]; });
@@ -147,7 +147,7 @@ __device__ __forceinline__ void enter_h(int groups, Shared& shared, Box& box) {
 // L1 of all groups by a consumer. Of a slot's x: asked for while the last tile of the group before is multiplied, and not
 // looked at twice where all of it was known to be there.
 __device__ __forceinline__ void multiply_entered(int groups, int warp, int tokens, Shared& shared, const Box& box, u32 offsets,
-                                                 Ring<STAGES>& ring, Ring<2>& partial) {
+                                                 Reader& reader, Ring<2>& partial) {
     if (groups == 0) return;
     Fragment fragments[L1::stages];
     auto nothing = [](int) {};
@@ -161,12 +161,12 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
         if (awaits) inbox.await_all(fragments, shared.groups[group].asker);
         awaits = false;
         if (next == group) {
-            consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
+            consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
             return;
         }
         awaits = __any_sync(~0u, load_acquire(shared_address(&shared.has_all_x)) == 0);  // by all lanes or none
         inbox = x_of(next);
-        consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, [&](int stage) {
+        consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, [&](int stage) {
             if (stage) inbox.look(stage - 1, fragments[stage - 1]);
         });
         inbox.look(L1::stages - 1, fragments[L1::stages - 1]);
@@ -176,7 +176,7 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
     inbox.look_at_all(fragments);
     inbox.await_all(fragments);
     each_tile(groups, [&](int, int, int) {
-        consume_tile<L1>(warp, shared.pipeline, offsets, ring, partial, fragments, nothing);
+        consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
     });
 #endif
 }

@@ -62,19 +62,20 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const u32 (&a)[4], u32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// 16 rows x 64 columns against this warp's 8 tokens. have_read(word): called with a word that was made of codes and scales;
-// when it is there, both have been read.
-template <class HaveRead>
+// 16 rows x 64 columns against this warp's 8 tokens.
 __device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes, uint2 scales, u32 offsets,
-                                               const Fragment& fragment, HaveRead have_read) {
+                                               const Fragment& fragment) {
     u32 a[4][4];
     decode_chunk(codes, scales, offsets, a);
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
-        if (j == 0) have_read(a[0][0]);
-    }
+    for (int j = 0; j < 4; j++) multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
 }
+
+// A consumer's place in the ring, and the barrier of the slot that it has read and not given back.
+struct Reader {
+    Ring<STAGES> ring;
+    Address read = 0;
+};
 
 // One tile into the ring, as soon as there is room; by one thread.
 template <class G>
@@ -90,31 +91,25 @@ __device__ __forceinline__ void produce_tile(const unsigned char* tile, Pipeline
 
 // A consumer's share of a tile's sums. begin(stage): called before the fragment of a stage is used.
 template <class G, class Begin>
-__device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 offsets, Ring<STAGES>& ring,
+__device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 offsets, Reader& reader,
                                              Ring<2>& partial, Fragment (&fragments)[G::stages], Begin begin) {
     const int lane = threadIdx.x % 32;
     const Address chunk = shared_address(pipeline.stages[0]) + warp * CHUNK_BYTES;
     const Address full = shared_address(pipeline.stage_full), empty = shared_address(pipeline.stage_empty);
     float sums[2][4] = {};
 #pragma unroll
-    for (int stage = 0; stage < G::stages; stage++, ring.next()) {
-        const bool has_chunk = G::chunks % CONSUMERS == 0 || warp < G::chunks_in(stage);
-        barrier_wait(full + ring.slot * BARRIER_BYTES, ring.parity);
-        uint4 codes = {};
-        uint2 scales = {};
-        if (has_chunk) {
-            const Address from = chunk + ring.slot * STAGE_BYTES;
-            codes = load_16(from + lane * 16);
-            scales = load_8(from + CODE_BYTES + lane / 4 * 8);
-        }
+    for (int stage = 0; stage < G::stages; stage++, reader.ring.next()) {
+        const u32 slot = reader.ring.slot;
+        barrier_wait(full + slot * BARRIER_BYTES, reader.ring.parity);
+        // The slot before this one is given back now that the wait is over: within straight code the assembler lets an arrival
+        // pass loads that are still under way, but not out of a loop. All lanes have loaded, since mma.sync has had it of all.
+        if ((stage || reader.read) && (WARP_ARRIVALS == 32 || lane == 0)) barrier_arrive(reader.read);
+        reader.read = empty + slot * BARRIER_BYTES;
         begin(stage);
-        auto release = [&](u32 word) {
-            barrier_arrive_warp_with(word, offsets & ~SCALE_OFFSETS, empty + ring.slot * BARRIER_BYTES);
-        };
-        if (has_chunk)
-            multiply_chunk(sums, codes, scales, offsets, fragments[stage], release);
-        else
-            release(0);
+        if (G::chunks % CONSUMERS == 0 || warp < G::chunks_in(stage)) {
+            const Address from = chunk + slot * STAGE_BYTES;
+            multiply_chunk(sums, load_16(from + lane * 16), load_8(from + CODE_BYTES + lane / 4 * 8), offsets, fragments[stage]);
+        }
     }
     barrier_wait(shared_address(&pipeline.partial_empty[partial.slot]), partial.parity ^ 1);
     pipeline.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
