@@ -93,13 +93,17 @@ inline u16 to_bf16(float v) {
 inline float from_bf16(u32 v) { return bits_of<float>(v << 16); }
 inline u32 to_e4m3(float v) { return std::isnan(v) ? 0x7F : v < 464 ? encode(v, 3, 7) : 0x7E; }  // of v >= 0
 inline float from_e4m3(u32 v) { return v == 0x7F ? NAN : decode(v, 3, 7); }
+inline u32 to_signed_e4m3(float v) { return to_e4m3(std::fabs(v)) | (std::signbit(v) ? 0x80 : 0); }
+inline float from_signed_e4m3(u32 v) { return v >> 7 ? -from_e4m3(v & 0x7F) : from_e4m3(v); }
 
 inline void cvt_f32_f16(float& to, u16 v) { to = from_half(v); }
 inline void cvt_rn_bf16_f32(u16& to, float v) { to = to_bf16(v); }
 inline void cvt_rn_f16_f32(u16& to, float v) { to = to_half(v); }
 inline void cvt_rn_bf16x2_f32(u32& to, float high, float low) { to = (u32)to_bf16(high) << 16 | to_bf16(low); }
 inline void cvt_rn_f16x2_f32(u32& to, float high, float low) { to = (u32)to_half(high) << 16 | to_half(low); }
-inline void cvt_rn_satfinite_e4m3x2_f32(u32&, float, float, float, float) { std::abort(); }
+inline void cvt_rn_satfinite_e4m3x2_f32(u32& to, float v0, float v1, float v2, float v3) {
+    to = to_signed_e4m3(v0) | to_signed_e4m3(v1) << 8 | to_signed_e4m3(v2) << 16 | to_signed_e4m3(v3) << 24;
+}
 inline void cvt_rn_satfinite_e4m3x2_f32(u16& to, float, float low) { to = to_e4m3(low); }
 inline void cvt_rn_f16x2_e4m3x2(u32& to, u16 v) { to = to_half(from_e4m3(v & 255)); }
 inline void min_NaN_f32(float& v, float limit) { v = std::isnan(v) ? v : std::min(v, limit); }
@@ -112,16 +116,22 @@ inline u32 bf16x2_times(u32 pair, float v) {
 inline void mul_rn_bf16x2_low(u32& to, u32 pair, u32 scales) { to = bf16x2_times(pair, from_bf16(scales & 0xFFFF)); }
 inline void mul_rn_bf16x2_high(u32& to, u32 pair, u32 scales) { to = bf16x2_times(pair, from_bf16(scales >> 16)); }
 
-inline const u32* shared_words(u32 place) { return reinterpret_cast<const u32*>(self->home->shared + place); }
+inline const u32* load_shared(u32 place, u32 bytes) {
+    self->loads.push_back({place, bytes});
+    return reinterpret_cast<const u32*>(self->home->shared + place);
+}
 inline void ld_shared_v4_u32(u32& x, u32& y, u32& z, u32& w, u32 from) {
-    const u32* v = shared_words(from);
+    const u32* v = load_shared(from, 16);
     x = v[0], y = v[1], z = v[2], w = v[3];
 }
-inline void ld_shared_v2_u32(u32& x, u32& y, u32 from) { x = shared_words(from)[0], y = shared_words(from)[1]; }
-inline void ld_shared_u32(u32& v, u32 from) { v = *shared_words(from); }
-inline void ld_shared_u16(u16& v, u32 from) { v = (u16)*shared_words(from); }
+inline void ld_shared_v2_u32(u32& x, u32& y, u32 from) {
+    const u32* v = load_shared(from, 8);
+    x = v[0], y = v[1];
+}
+inline void ld_shared_u32(u32& v, u32 from) { v = *load_shared(from, 4); }
+inline void ld_shared_u16(u16& v, u32 from) { v = (u16)*load_shared(from, 2); }
 inline void st_release_cta_shared_cta_u32(u32 to, u32 v) { *reinterpret_cast<u32*>(self->home->shared + to) = v; }
-inline void ld_acquire_cta_shared_cta_u32(u32& v, u32 from) { yield(), v = *shared_words(from); }
+inline void ld_acquire_cta_shared_cta_u32(u32& v, u32 from) { yield(), v = *reinterpret_cast<const u32*>(self->home->shared + from); }
 
 inline void mbarrier_init_shared_cta_b64(u32 at, u32 count) {
     barrier_at(self->home, at) = {(int16_t)count, (int16_t)count, 0, 0};
@@ -139,6 +149,7 @@ inline void mbarrier_arrive_expect_tx_shared_cta_b64(u32 at, u32 bytes) {
 }
 inline void mbarrier_try_wait_parity_shared_cta_b64(u32 at, u32 parity) {
     while (barrier_at(self->home, at).phase == parity) yield();
+    self->loads.clear();
 }
 inline void bar_sync(u32 name, u32 threads) { meet(self->home->barriers[name], threads); }
 inline void griddepcontrol_launch_dependents() {}
@@ -149,7 +160,7 @@ inline void nanosleep_u32() { yield(); }
 inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* from, u32 bytes,
                                                                            u32 barrier) {
     unsigned char* place = self->home->shared + to;
-    copies.push_back({[=] { std::memcpy(place, from, bytes); }, self->home, barrier, bytes});
+    copies.push_back({[=] { std::memcpy(place, from, bytes); }, self->home, {to, bytes}, barrier});
 }
 
 // What the tests write where the driver would describe a tensor: sizes and box in bytes, then rows, then layers of rows.
@@ -173,7 +184,7 @@ inline void copy_box(u32 to, const void* map, int x, int y, int z, u32 barrier) 
                         is_inside ? of.tensor[a + b * of.strides[0] + c * of.strides[1]] : 0;
                 }
     };
-    copies.push_back({make, home, barrier, (u32)(of.box[0] * of.box[1] * of.box[2])});
+    copies.push_back({make, home, {to, (u32)(of.box[0] * of.box[1] * of.box[2])}, barrier});
 }
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y,
                                                                                      u32 barrier) {
@@ -193,7 +204,7 @@ inline void st_async_shared_cluster_mbarrier_complete_tx_bytes_v4_f32(u32 to, u3
                                                                       float z, float w) {
     Block* there = self->home->cluster + rank;
     const float4 v = {x, y, z, w};
-    copies.push_back({[=] { std::memcpy(there->shared + to, &v, sizeof(v)); }, there, barrier, sizeof(v)});
+    copies.push_back({[=] { std::memcpy(there->shared + to, &v, sizeof(v)); }, there, {to, sizeof(v)}, barrier});
 }
 
 // Products of a warpgroup; each warp has 16 of the 64 rows, as with mma. Operands in shared memory are read when they are
@@ -206,28 +217,33 @@ inline void wgmma_commit_group_sync_aligned() {
 inline void wgmma_wait_group_sync_aligned(size_t pending) {
     for (auto& groups = self->products.groups; groups.size() > pending; groups.pop_front())
         for (auto& product : groups.front()) product();
+    if (pending == 0) self->loads.clear();  // operands were made of them
     __syncwarp();
 }
-template <int N>
-inline void wgmma_bf16(float (&sums)[N / 2], const u32 (&a)[4], u32 operand) {
+// A value of BYTES bytes: bf16 or e4m3.
+template <int BYTES>
+inline float operand_at(const void* bytes, int k) {
+    return BYTES == 2 ? from_bf16(((const u16*)bytes)[k]) : from_signed_e4m3(((const unsigned char*)bytes)[k]);
+}
+template <int N, int BYTES>
+inline void wgmma(float (&sums)[N / 2], const u32 (&a)[4], u32 operand) {
+    constexpr int K = 32 / BYTES, OF_WORD = 4 / BYTES;
     const auto all = show<4>({a[0], a[1], a[2], a[3]});
     const int g = lane() / 4, c = lane() % 4;
-    std::array<float, 32> rows;  // of g and of g + 8
-    for (int k = 0; k < 16; k++)
-        for (int h = 0; h < 2; h++) {
-            const u32 pair = all[4 * g + k % 8 / 2][h + k / 8 * 2];
-            rows[16 * h + k] = from_bf16(k % 2 ? pair >> 16 : pair & 0xFFFF);
-        }
+    std::array<float, 2 * K> rows;  // of g and of g + 8
+    for (int k = 0; k < K; k++)
+        for (int h = 0; h < 2; h++)
+            rows[K * h + k] = operand_at<BYTES>(&all[4 * g + k % (K / 2) / OF_WORD][h + k / (K / 2) * 2], k % OF_WORD);
     const unsigned char* shared = self->home->shared;
     const u32 tile = (operand & 0x3FFF) << 4;
     float* to = sums;
     self->products.open.push_back([=] {
         for (int i = 0; i < N / 8; i++)
             for (int e = 0; e < 2; e++)
-                for (int k = 0; k < 16; k++) {
-                    const u32 place = swizzled(tile + (8 * i + 2 * c + e) * 128 + k * 2);
-                    const float b = from_bf16(*(const u16*)(shared + place));
-                    for (int h = 0; h < 2; h++) to[4 * i + 2 * h + e] += rows[16 * h + k] * b;
+                for (int k = 0; k < K; k++) {
+                    const u32 place = swizzled(tile + (8 * i + 2 * c + e) * 128 + k * BYTES);
+                    const float b = operand_at<BYTES>(shared + place, 0);
+                    for (int h = 0; h < 2; h++) to[4 * i + 2 * h + e] += rows[K * h + k] * b;
                 }
     });
 }
@@ -238,9 +254,11 @@ inline void movmatrix_sync_aligned_m8n8_trans_b16(u32& to, u32 pair) {
     auto value = [&](int row) { return all[4 * row + g / 2][0] >> 16 * (g % 2) & 0xFFFF; };
     to = value(2 * c) | value(2 * c + 1) << 16;
 }
-// Of sources that are read whole, but of no kernel that is run.
-template <class... Operands>
-inline void prmt_b32(Operands...) { std::abort(); }
+inline void prmt_b32(u32& to, u32 low, u32 high, u32 selectors) {
+    const u64 bytes = (u64)high << 32 | low;
+    to = 0;
+    for (int i = 0; i < 4; i++) to |= (u32)(bytes >> 8 * (selectors >> 4 * i & 7) & 255) << 8 * i;
+}
 
 // Others' words in device memory: some time passes before they are looked at.
 inline void ld_relaxed_gpu_global_v4_u32(u32& x, u32& y, u32& z, u32& w, const void* from) {

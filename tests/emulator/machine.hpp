@@ -87,8 +87,14 @@ struct Products {
     std::deque<std::vector<std::function<void()>>> groups;
 };
 
+// Bytes of shared memory.
+struct Place {
+    u32 at, bytes;
+};
+
 struct Fiber {
     Products products;
+    std::vector<Place> loads;  // that may still be under way: an assembler lets instructions pass them, but not out of a loop
     ucontext_t beginning;
     jmp_buf place;  // where it goes on
     std::unique_ptr<char[]> stack;
@@ -104,11 +110,12 @@ inline bool can_go_on(const Fiber& fiber) {
     return !fiber.done && !(fiber.waits_at && fiber.waits_at->generation == fiber.generation);
 }
 
-// A copy on its way into shared memory: what it does, and the barrier that then counts its bytes.
+// A copy on its way into shared memory: what it does and where, and the barrier that then counts its bytes.
 struct Copy {
     std::function<void()> make;
     Block* to;
-    u32 barrier, bytes;
+    Place place;
+    u32 barrier;
 };
 
 // A word on its way into device memory: others see it some time later, in any order, unless its warp releases it.
@@ -130,6 +137,8 @@ inline Fiber* self;
 inline Index grid;
 inline std::vector<Copy> copies;
 inline std::vector<Store> stores;
+inline std::vector<Fiber>* side_by_side;
+inline bool has_passed_a_load;
 inline u64 state;
 
 inline u32 draw(u32 below) {
@@ -201,8 +210,11 @@ inline void finish_a_copy() {
     const Copy copy = copies[which];
     copies.erase(copies.begin() + which);
     copy.make();
+    for (const Fiber& fiber : *side_by_side)
+        for (const Place& load : fiber.loads)
+            has_passed_a_load |= fiber.home == copy.to && load.at < copy.place.at + copy.place.bytes && copy.place.at < load.at + load.bytes;
     Barrier& barrier = barrier_at(copy.to, copy.barrier);
-    barrier.bytes = barrier.bytes - (int)copy.bytes;
+    barrier.bytes = barrier.bytes - (int)copy.place.bytes;
     complete(barrier);
 }
 
@@ -232,6 +244,7 @@ inline bool run_blocks(int first, int blocks, int threads, int shared_bytes, int
     constexpr int STACK = 1 << 17;
     std::vector<Block> all(blocks);
     std::vector<Fiber> fibers(blocks * threads);
+    side_by_side = &fibers;
     for (int b = 0; b < blocks; b++) {
         Block& block = all[b];
         block.cluster = &all[b / cluster * cluster], block.rank = b % cluster, block.running = cluster * threads;
@@ -269,13 +282,14 @@ inline bool run_blocks(int first, int blocks, int threads, int shared_bytes, int
             left -= fiber.done;
         }
     }
-    return copies.empty();
+    return copies.empty() && !has_passed_a_load;
 }
 
 // False: threads wait for each other, or not all ended in a time that is enough for what the tests run, or a copy was still
-// on its way. cluster: blocks of one; 0: all blocks are to be side by side; else a few are.
+// on its way, or came where a load was. cluster: blocks of one; 0: all blocks are to be side by side; else a few are.
 inline bool run(void (*kernel)(const void*), const void* given, Index blocks, int threads, int shared_bytes, int cluster, u64 seed) {
     state = seed * 0x9E3779B97F4A7C15 + 1, body = kernel, arguments = given, grid = blocks, copies.clear(), stores.clear();
+    has_passed_a_load = false;
     const int all = blocks.x * blocks.y, beside = cluster ? std::max(cluster, 4 / cluster * cluster) : all;
     for (int first = 0; first < all; first += beside)
         if (!run_blocks(first, std::min(beside, all - first), threads, shared_bytes, std::max(cluster, 1))) return false;

@@ -19,7 +19,9 @@ _KERNEL = r'extern "C" __global__ void __launch_bounds__\([^)]*\)\s*'
 _SHAPES = "#define MMA_OPERAND_HIGH"  # from here to the end of async.cuh: wgmma of each width
 _ANY_SHAPE = """
 template <int N>
-void mma_async_bf16(float (&sums)[N / 2], const u32 (&a)[4], u32 b) { ptx::wgmma_bf16<N>(sums, a, b); }
+void mma_async_bf16(float (&sums)[N / 2], const u32 (&a)[4], u32 b) { ptx::wgmma<N, 2>(sums, a, b); }
+template <int N>
+void mma_async_e4m3(float (&sums)[N / 2], const u32 (&a)[4], u32 b) { ptx::wgmma<N, 1>(sums, a, b); }
 """
 _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w"]
 

@@ -100,7 +100,7 @@ class Emulator:
         x, y = (*grid, 1)[:2]
         memory = ctypes.create_string_buffer(given, len(given))
         seed = ctypes.c_ulonglong(self.launches)
-        assert kernel.launch(memory, x, y, threads, shared_bytes, cluster, seed), "it is stuck"
+        assert kernel.launch(memory, x, y, threads, shared_bytes, cluster, seed), "stuck, or see `run`"
 
 
 def weight_map(address: int, tiles: int, chunks: int, box_tiles: int, box_chunks: int) -> bytes:

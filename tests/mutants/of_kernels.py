@@ -38,6 +38,13 @@ OF_KERNELS = (
         f"{_EMULATED}[('nvfp4', 'dynamic')-before_down]",
     ),
     Mutant(
+        "a slot of the ring is given back while loads from it may be under way",
+        "kernels/sm90/tile.cuh",
+        "barrier_arrive(reader.read);",
+        "barrier_arrive(empty + slot * BARRIER_BYTES);",
+        f"{_EMULATED}[('bf16', 'dynamic')-before_down]",
+    ),
+    Mutant(
         "a stage of the GEMM is given back before its second chunk has been multiplied",
         "kernels/sm90/gemm.cu",
         "if (u == 0 && i > 0 && lane == 0) barrier_arrive(empty + before * BARRIER_BYTES);",

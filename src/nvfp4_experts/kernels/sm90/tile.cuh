@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply_chunk(float (&sums)[2][4], uint4 codes,
     for (int j = 0; j < 4; j++) multiply(sums[j % 2], a[j], fragment.b[2 * j], fragment.b[2 * j + 1]);
 }
 
-// A consumer's place in the ring, and the barrier of the slot that it has read and not given back.
+// A consumer's place in the ring, and the barrier of the slot that it has read and not yet given back.
 struct Reader {
     Ring<STAGES> ring;
     Address read = 0;
@@ -101,15 +101,17 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, u32 o
     for (int stage = 0; stage < G::stages; stage++, reader.ring.next()) {
         const u32 slot = reader.ring.slot;
         barrier_wait(full + slot * BARRIER_BYTES, reader.ring.parity);
-        // The slot before this one is given back now that the wait is over: within straight code the assembler lets an arrival
-        // pass loads that are still under way, but not out of a loop. All lanes have loaded, since mma.sync has had it of all.
+        const bool has_chunk = G::chunks % CONSUMERS == 0 || warp < G::chunks_in(stage);
+        const Address from = chunk + slot * STAGE_BYTES;
+        uint4 codes = {};
+        uint2 scales = {};
+        if (has_chunk) codes = load_16(from + lane * 16), scales = load_8(from + CODE_BYTES + lane / 4 * 8);
+        // Given back is the slot before, behind the wait: within straight code the assembler lets an arrival pass loads that
+        // are under way, but not out of a loop. All lanes' are there: mma.sync has had them.
         if ((stage || reader.read) && (WARP_ARRIVALS == 32 || lane == 0)) barrier_arrive(reader.read);
         reader.read = empty + slot * BARRIER_BYTES;
         begin(stage);
-        if (G::chunks % CONSUMERS == 0 || warp < G::chunks_in(stage)) {
-            const Address from = chunk + slot * STAGE_BYTES;
-            multiply_chunk(sums, load_16(from + lane * 16), load_8(from + CODE_BYTES + lane / 4 * 8), offsets, fragments[stage]);
-        }
+        if (has_chunk) multiply_chunk(sums, codes, scales, offsets, fragments[stage]);
     }
     barrier_wait(shared_address(&pipeline.partial_empty[partial.slot]), partial.parity ^ 1);
     pipeline.partials[partial.slot][warp][lane] = make_float4(sums[0][0] + sums[1][0], sums[0][1] + sums[1][1],
