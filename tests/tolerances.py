@@ -14,9 +14,9 @@ AGAINST_REFERENCE: dict[tuple[str, ...], float] = {
     ("shared_expert", "bf16"): 2.0**-12,
     # e4m3: 2^-3.5 apart: 3e-4.
     ("shared_expert", "fp8"): 2.0**-10,
-    # The same on sm90-fp8, whose gate and up (few tokens: h) are bf16 and whose FP8 tensor cores keep 13 fractional bits
-    # of a sum: both move the largest value of a row of h, and so its scale, by 2^-8; its values then cross boundaries of
-    # e4m3, 2^-3.5 apart: sqrt(2^-3.5 * 2^-8) = 0.019, and up to three times that where one token is all there is.
+    # The same on sm90-fp8, whose gate and up (few tokens: h) are bf16 and whose FP8 tensor cores keep 13 fractional
+    # bits of a sum: both move the largest value of a row of h, and so its scale, by 2^-8; its values then cross
+    # boundaries of e4m3, 2^-3.5 apart: sqrt(2^-3.5 * 2^-8) = 0.019, and up to three times that where one token is all.
     ("shared_expert", "fp8", "sm90-fp8"): 2.0**-4,
     # e2m1: 2^-1.5 apart, and a block scale that flips moves 16 values: 6e-4, a few times.
     ("shared_expert", "nvfp4"): 2.0**-8,

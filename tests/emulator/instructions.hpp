@@ -163,15 +163,17 @@ inline void cp_async_bulk_shared_cluster_global_mbarrier_complete_tx_bytes(u32 t
     copies.push_back({[=] { std::memcpy(place, from, bytes); }, self->home, {to, bytes}, barrier});
 }
 
-// What the tests write where the driver would describe a tensor: sizes and box in bytes, then rows, then layers of rows.
+// What the tests write where the driver would describe a tensor: sizes and box in bytes, then rows, then layers of rows. A
+// place in it is told in values, then rows, then layers.
 struct Map {
     const unsigned char* tensor;
-    u64 sizes[3], strides[2], box[3], is_swizzled;
+    u64 sizes[3], strides[2], box[3], is_swizzled, value_bytes;
 };
 // Where a byte of rows of 128 lies when they are swizzled.
 inline u32 swizzled(u32 place) { return place ^ (place >> 3 & 0x70); }
 inline void copy_box(u32 to, const void* map, int x, int y, int z, u32 barrier) {
     const Map of = *(const Map*)map;
+    x *= of.value_bytes;
     Block* home = self->home;
     auto make = [=] {
         u32 place = to;
@@ -188,11 +190,11 @@ inline void copy_box(u32 to, const void* map, int x, int y, int z, u32 barrier) 
 }
 inline void cp_async_bulk_tensor_2d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y,
                                                                                      u32 barrier) {
-    copy_box(to, map, x * 2, y, 0, barrier);  // in bf16
+    copy_box(to, map, x, y, 0, barrier);
 }
 inline void cp_async_bulk_tensor_3d_shared_cluster_global_mbarrier_complete_tx_bytes(u32 to, const void* map, int x, int y,
                                                                                      int z, u32 barrier) {
-    copy_box(to, map, x * 4, y, z, barrier);  // in words
+    copy_box(to, map, x, y, z, barrier);
 }
 
 inline void mov_u32(u32& rank) { rank = self->home->rank; }  // of the block in its cluster

@@ -24,18 +24,30 @@ from torch import Tensor
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
 from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Beside, Call, Routing
 from nvfp4_experts.kernels.reference import enter, shared_expert
-from nvfp4_experts.kernels.sm90 import backend, gemm, grouped, mailbox, routed, routed_decode
+from nvfp4_experts.kernels.sm90 import (
+    backend,
+    fp8,
+    fp8_backend,
+    gemm,
+    grouped,
+    mailbox,
+    routed,
+    routed_decode,
+    routed_fp8,
+)
 from nvfp4_experts.kernels.sm90.config import GemmConfig, config_is_legal, halves
 from nvfp4_experts.kernels.sm90.mailbox import Mailboxes, mailbox_bytes
 from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layouts.fragments import CHUNK_BYTES
 from tests.emulator.translate import build
 from tests.kernels.test_routed_experts import LIMIT, draw_routing, make_experts, static_scales, wanted
+from tests.kernels.test_sm90_fp8 import enter_rows_by_torch
 from tests.tolerances import against_reference
 
 BLOCKS, E, K = 4, 9, 6
 SHAPE = 272, 80  # rows of whole chunks and the rest of one; 10 tiles of L1 for 4 blocks
 MODES = [("bf16", "dynamic"), *(("nvfp4", scale) for scale in ("static", "dynamic", "per_token"))]
+FP8 = "fp8", "dynamic"
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(
@@ -57,8 +69,11 @@ class Emulator:
         patch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(backend, "current_stream", lambda _: None)
-        for module in (backend, routed_decode, gemm):
+        for module in (backend, routed_decode, gemm, fp8):
             patch.setattr(module, "target_of", lambda _: hopper)
+        for module in (grouped, fp8):
+            patch.setattr(module, "carve", lambda _, *parts: [torch.zeros(shape, dtype=kind) for shape, kind in parts])
+        patch.setattr(fp8, "enter_rows", enter_rows_by_torch)
         for module in (backend, routed_decode):
             patch.setattr(module, "mailboxes", self.mailboxes)
         patch.setattr(gemm, "_weight_map", weight_map)
@@ -106,12 +121,12 @@ class Emulator:
 def weight_map(address: int, tiles: int, chunks: int, box_tiles: int, box_chunks: int) -> bytes:
     """A `Map` of instructions.hpp, in the place of the driver's; so is the next."""
     sizes, strides = (CHUNK_BYTES, chunks, tiles), (CHUNK_BYTES, chunks * CHUNK_BYTES)
-    return struct.pack("10Q48x", address, *sizes, *strides, CHUNK_BYTES, box_chunks, box_tiles, 0)
+    return struct.pack("11Q40x", address, *sizes, *strides, CHUNK_BYTES, box_chunks, box_tiles, 0, 4)
 
 
 def activation_map(address: int, tokens: int, columns: int, box_tokens: int, value_bytes: int) -> bytes:
     row = columns * value_bytes
-    return struct.pack("10Q48x", address, row, tokens, 1, row, 0, 128, box_tokens, 1, 1)
+    return struct.pack("11Q40x", address, row, tokens, 1, row, 0, 128, box_tokens, 1, 1, value_bytes)
 
 
 def packed(arguments: tuple[Any, ...]) -> bytes:
@@ -151,7 +166,8 @@ def alone(x: Tensor, tensors: list[Nvfp4Tensor], call: Call) -> Tensor:
 
 
 def check(got: Tensor, expected: Tensor, mode: tuple[str, str], op: str) -> None:
-    bound = against_reference(mode[0], "sm90", len(got) * K * SHAPE[1], rounded=False, op=op)
+    backend_name = "sm90-fp8" if mode[0] == "fp8" else "sm90"
+    bound = against_reference(mode[0], backend_name, len(got) * K * SHAPE[1], rounded=False, op=op)
     assert (got.double() - expected.double()).norm() <= bound * expected.double().norm()
 
 
@@ -246,30 +262,44 @@ def test_halves_of_a_shared_expert(cut: tuple[int, ...], static: bool, emulator:
     check(out, alone(x, tensors, call), mode, "shared_expert")
 
 
+@pytest.mark.parametrize("cut", [None, *CUTS], ids=str)
+def test_a_shared_expert_in_fp8(
+    cut: tuple[int, ...] | None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gemm.cu on e4m3, without a list of tiles; rows enter by torch."""
+    hidden, size = shape = 656, 80
+    if cut is not None:
+        configs = GemmConfig(*cut, fp8=True), GemmConfig(*cut[:3], 1, fp8=True)
+        monkeypatch.setattr(fp8, "choose", lambda *_: configs)
+    tensors, call = one_of(make_experts(E, *shape), 4), Call(LIMIT, *FP8)
+    weights = list(fp8_backend.BACKEND.pack(*tensors).values())
+    for tokens in (1, 41):
+        x = torch.randn(tokens, hidden)
+        out = torch.full_like(x, torch.nan)
+        fp8.shared_expert(x, weights, call, size, out)
+        check(out, alone(x, tensors, call), FP8, "shared_expert")
+    assert emulator.launches == 4
+
+
 # tokens, experts, top_k: tiles of 32 rows at most, and of 128 by two strips
 FEW_ROWS, MANY_ROWS = (12, E, 3), (40, 2, 2)
 BY_EXPERT = [
     *((mode, weighting, FEW_ROWS) for mode, weighting in zip(MODES, WEIGHTINGS * 2, strict=True)),
     *((mode, "before_down", MANY_ROWS) for mode in MODES[:2]),
+    *((FP8, "after_down", sizes) for sizes in (FEW_ROWS, MANY_ROWS)),
 ]
 
 
 @pytest.mark.parametrize(("mode", "weighting", "sizes"), BY_EXPERT, ids=str)
-def test_rows_by_expert(
-    mode: tuple[str, str],
-    weighting: str,
-    sizes: tuple[int, int, int],
-    emulator: Emulator,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """More tokens: group.cu, enter_rows.cu, gemm.cu over a list of tiles, combine.cu."""
+def test_rows_by_expert(mode: tuple[str, str], weighting: str, sizes: tuple[int, int, int], emulator: Emulator) -> None:
+    """More tokens: group.cu, enter_rows.cu (fp8: torch), gemm.cu over a list of tiles, combine.cu."""
     tokens, experts, top_k = sizes
-    monkeypatch.setattr(grouped, "carve", lambda _, *parts: [torch.zeros(shape, dtype=dtype) for shape, dtype in parts])
     stacks = make_experts(experts, *SHAPE)
     x, routing = torch.randn(tokens, SHAPE[0]), draw_routing(tokens, top_k, weighting, experts)
     out, addend = torch.full_like(x, torch.nan), torch.randn_like(x)
     call = Call(LIMIT, *mode, *static_scales(experts))
-    grouped.routed_experts(x, list(routed.ROUTED.pack(*stacks).values()), routing, call, out, addend)
+    kernels = routed_fp8.ROUTED if mode == FP8 else routed.ROUTED
+    grouped.routed_experts(x, list(kernels.pack(*stacks).values()), routing, call, out, addend)
     check(out, wanted(x, stacks, routing, call) + addend, mode, "routed_experts")
 
 

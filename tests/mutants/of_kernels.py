@@ -52,6 +52,13 @@ OF_KERNELS = (
         "tests/kernels/test_sm90_emulated.py::test_halves_of_a_shared_expert[(1, 1, 256, 1)-False]",
     ),
     Mutant(
+        "fp8: rows of up are in units of gate's amax",
+        "kernels/sm90/row_amax.cuh",
+        "row / 2 + i % 2 * (rows / 2)",
+        "row / 2",
+        "tests/kernels/test_sm90_emulated.py::test_a_shared_expert_in_fp8[None]",
+    ),
+    Mutant(
         "products are not waited for before what they read is given back",
         "kernels/sm90/gemm.cu",
         "mma_wait<1>();  // the chunk before has been multiplied",
