@@ -12,8 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nvfp4_experts.diagnostics import capabilities
 from nvfp4_experts.kernels import native
 from nvfp4_experts.kernels.exact import rule
+from nvfp4_experts.kernels.sm90 import backend as sm90
+from nvfp4_experts.kernels.target import Target
 from tests.cli.commands import error_of, invoke, output_of
 
 W1 = "model.layers.1.ffn.shared_experts.w1"
@@ -118,6 +121,14 @@ def test_what_this_machine_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tier["reason"] == (None if known.present else f"this processor does not have all of: {known.needs}")
     text = invoke("inspect", "--machine").stdout
     assert all(word in text for word in ("CPU kernel", "Tiers", "portable", "needs a Hopper GPU"))
+
+
+def test_forms_of_a_backend_are_not_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a Hopper "auto" takes the one for fp8 too."""
+    monkeypatch.setattr(sm90, "_compiler_problem", lambda: None)
+    monkeypatch.setattr(capabilities, "target_of", lambda _: Target("cuda", "a Hopper", (9, 0), 132))
+    notes = {name: capabilities._backend(name, torch.device("cpu")).note for name in ("sm90", "sm90-fp8")}
+    assert notes == {"sm90": "nvfp4, bf16 activations alone", "sm90-fp8": "fp8 activations alone"}
 
 
 def test_a_machine_that_is_told_to_run_another_tier_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,8 +118,8 @@ OF_KERNELS = (
     Mutant(
         "a named backend falls back in silence",
         "kernels/dispatch.py",
-        'forms(BACKENDS if name == "auto" else (name,))',
-        "forms(BACKENDS)",
+        '_forms(BACKENDS if name == "auto" else (name,))',
+        "_forms(BACKENDS)",
         "tests/kernels/test_dispatch.py::test_a_named_backend_that_refuses_is_not_replaced",
     ),
     Mutant(

@@ -10,7 +10,7 @@ import torch
 from .._version import __version__
 from ..errors import UnsupportedError
 from ..kernels import native
-from ..kernels.dispatch import ACTIVATIONS, ALL_BACKENDS, BACKENDS, Problem, get_backend
+from ..kernels.dispatch import ACTIVATIONS, ALL_BACKENDS, BACKENDS_BY_NAME, Problem, get_backend
 from ..kernels.exact import rule
 from ..kernels.target import cpu_threads, target_of
 from .bench.machine import cpu_model, default_device
@@ -110,7 +110,7 @@ def _backend(name: str, device: torch.device) -> Ability:
     if not accepted:
         return Ability(name, device.type, next(iter(reasons.values())))
     notes = [] if len(accepted) == len(ACTIVATIONS) else [f"{', '.join(accepted)} activations alone"]
-    if name not in BACKENDS:
+    if name in BACKENDS_BY_NAME:
         notes.append("when asked for by name")
     if name == "exact":
         notes.append(rule.form(device))

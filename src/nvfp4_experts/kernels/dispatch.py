@@ -36,6 +36,11 @@ BACKENDS = tuple(_MODULES)
 _ALSO = {"sm90": ("sm90-fp8",)}
 _MODULES_OF_FORMS = {"sm90-fp8": "sm90.fp8_backend"}
 
+
+def _forms(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(form for one in names for form in (one, *_ALSO.get(one, ())))
+
+
 # What "auto" never takes, wherever it runs: each answers another question than how to be fast.
 _MODULES_BY_NAME = {
     "sm100-torch": "sm100.vendor_torch",
@@ -43,7 +48,8 @@ _MODULES_BY_NAME = {
     "sm100-decode": "sm100.decoding",
     "exact": "exact.backend",
 }
-ALL_BACKENDS = (*BACKENDS, *_MODULES_OF_FORMS, *_MODULES_BY_NAME)
+BACKENDS_BY_NAME = tuple(_MODULES_BY_NAME)
+ALL_BACKENDS = (*_forms(BACKENDS), *BACKENDS_BY_NAME)
 
 # Where those that have routed experts keep them; the others refuse such a problem.
 _ROUTED = {
@@ -233,14 +239,11 @@ def choose_routed_backend(name: str, problem: Problem) -> RoutedBackend:
 
 
 def _first_able(name: str, problem: Problem, refusal: Callable[[str], str | None]) -> str:
-    def forms(names: tuple[str, ...]) -> list[str]:
-        return [form for one in names for form in (one, *_ALSO.get(one, ()))]
-
-    wanted = forms(BACKENDS if name == "auto" else (name,))
+    wanted = _forms(BACKENDS if name == "auto" else (name,))
     for candidate in wanted:
         if refusal(candidate) is None:
             return candidate
-    asked = dict.fromkeys((*wanted, *forms(BACKENDS)))  # its own reason first
+    asked = dict.fromkeys((*wanted, *_forms(BACKENDS)))  # its own reason first
     reasons = "; ".join(f"{other}: {refusal(other) or 'can run this'}" for other in asked)
     raise UnsupportedError(
         f"backend {name!r}", f"must be able to run {problem}", reasons, "use 'auto' or change the layer"

@@ -104,7 +104,7 @@ class Sm90Backend:
         mailboxes(device, decode_box(problem.hidden, problem.intermediate)).current()
 
     def most_scratch(
-        self, activations: str, hidden: int, intermediate: int, max_tokens: int, x: torch.dtype, _result: torch.dtype
+        self, activations: str, hidden: int, intermediate: int, max_tokens: int, x: torch.dtype, result: torch.dtype
     ) -> int:
         """Bytes that a call carves, up to a number of tokens, for hidden states and a result of these dtypes."""
         sizes = hidden, intermediate, max_tokens, x

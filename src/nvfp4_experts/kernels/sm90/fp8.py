@@ -30,6 +30,7 @@ of h.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -45,7 +46,6 @@ from ..target import target_of
 from . import gemm
 from .choice import choose
 from .compile import launch_kernel, load_kernel
-from .config import GemmConfig
 
 FEW = 256  # tokens
 WEIGHTS_AT_ONCE = 1 << 26
@@ -87,16 +87,11 @@ def _few(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -
     first, second = (replace(config, fp8=True) for config in choose(hidden, size, tokens, target_of(x.device)))
     values, h, h_values, scales = carve(x.device, *_scratch_of_few(hidden, size, tokens))
 
-    def multiply(
-        of: Tensor, w: Tensor, rows: int, scale: Tensor, to: Tensor, config: GemmConfig, amax: Tensor, **half: Any
-    ) -> None:
-        named = {"token_scales": scales, "scaling": gemm.SCALE_OF_TOKEN, "row_amax": amax, **half}
-        gemm.run_half(of, w, rows, scale, to, config, **named)
-
+    half = functools.partial(gemm.run_half, token_scales=scales, scaling=gemm.SCALE_OF_TOKEN)
     enter_rows(x, None, None, values, scales)
-    multiply(values, gate_up, 2 * size, global_scales, h, first, row_amax, gate_up=True, limit=call.clamp)
+    half(values, gate_up, 2 * size, global_scales, h, first, gate_up=True, limit=call.clamp, row_amax=row_amax)
     enter_rows(h, None, None, h_values, scales)
-    multiply(h_values, down, hidden, down_global_scale, out, second, down_row_amax, gate_up=False)
+    half(h_values, down, hidden, down_global_scale, out, second, gate_up=False, row_amax=down_row_amax)
 
 
 def _scratch_of_few(hidden: int, intermediate: int, tokens: int) -> list[Part]:
