@@ -6,6 +6,7 @@
 #define threadIdx (machine::self->thread)
 #define blockIdx (machine::self->block)
 #define gridDim (machine::grid)
+#define blockDim (machine::Index{(unsigned)machine::self->home->warps.size() * machine::LANES, 1, 1})
 
 // --- CUDA's functions ------------------------------------------------------------------------------------------------
 
@@ -21,6 +22,8 @@ inline int __ffs(unsigned v) { return __builtin_ffs(v); }
 inline unsigned __funnelshift_l(unsigned low, unsigned high, int by) { return (unsigned)((((uint64_t)high << 32 | low) << by) >> 32); }
 template <class T>
 inline T __ldcg(const T* from) { return *from; }
+template <class T>
+inline T __ldcs(const T* from) { return *from; }
 inline size_t __cvta_generic_to_shared(const void* p) { return (const unsigned char*)p - machine::self->home->shared; }
 template <class A, class B>
 inline auto min(A a, B b) { return b < a ? b : a; }

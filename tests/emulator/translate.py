@@ -29,7 +29,7 @@ _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp
 def translate(name: str, file: str) -> str:
     """The C++ of a kernel in a file of kernels/sm90; its parameters are taken as one structure."""
     shapes = "".join(source_of("async.cuh").partition(_SHAPES)[1:])
-    source = _with_shared_variables(_calls(source_of(file).replace(shapes, _ANY_SHAPE)))
+    source = _with_shared_variables(_calls(_with_kernels_of_macros(source_of(file)).replace(shapes, _ANY_SHAPE)))
     (parameters,) = re.findall(rf"{_KERNEL}{name}\((.*?)\) {{", source, re.S)
     source = re.sub(_KERNEL, "static void ", source, flags=re.S)
     declared = [re.fullmatch(r"(.*?)(\w+)", one.strip(), re.S).groups() for one in parameters.split(",")]
@@ -53,6 +53,22 @@ def build(name: str, file: str, macros: tuple[tuple[str, int], ...], folder: Pat
     defined = [f"-D{macro}={value}" for macro, value in macros]
     subprocess.run(["c++", *_FLAGS, f"-I{_HERE}", *defined, str(source), "-o", str(library)], check=True)
     return ctypes.CDLL(str(library))
+
+
+def _with_kernels_of_macros(source: str) -> str:
+    """Kernels that a macro makes, one for each type of element, written out."""
+    for name, parameters, body in re.findall(r"#define (\w+)\(([\w, ]+)\)\s*\\\n((?:.*\\\n)*.*\n)", source):
+        if "__global__" not in body:
+            continue
+
+        def kernel(call: re.Match[str], parameters: str = parameters, body: str = body) -> str:
+            text = body.replace("\\\n", "\n")
+            for parameter, given in zip(parameters.split(", "), call[1].split(", "), strict=True):
+                text = re.sub(rf"\b{parameter}\b", given, text)
+            return text
+
+        source = re.sub(rf"^{name}\((.*)\)$", kernel, source, flags=re.M)
+    return source
 
 
 def _with_shared_variables(source: str) -> str:

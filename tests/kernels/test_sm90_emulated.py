@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of Hopper on a CPU (tests/emulator): those of few tokens, whose blocks hand words to each other, results and
-what a call leaves behind; and those of more tokens, with GEMMs.
+what a call leaves behind; and those of more tokens, with GEMMs; all that surrounds FP8 to the bit.
 
 The order in which warps go on is drawn anew in each launch, and results do not depend on it.
 """
@@ -21,9 +21,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nvfp4_experts.formats.activations import quantize_fp8_rows
 from nvfp4_experts.formats.nvfp4 import Nvfp4Tensor
 from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Beside, Call, Routing
-from nvfp4_experts.kernels.reference import enter, shared_expert
+from nvfp4_experts.kernels.reference import enter, shared_expert, swiglu
 from nvfp4_experts.kernels.sm90 import (
     backend,
     fp8,
@@ -41,7 +42,7 @@ from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layouts.fragments import CHUNK_BYTES
 from tests.emulator.translate import build
 from tests.kernels.test_routed_experts import LIMIT, draw_routing, make_experts, static_scales, wanted
-from tests.kernels.test_sm90_fp8 import enter_rows_by_torch
+from tests.kernels.test_sm90_fp8 import as_operands, assert_same_bytes, padded, rounded, weights_of
 from tests.tolerances import against_reference
 
 BLOCKS, E, K = 4, 9, 6
@@ -73,14 +74,13 @@ class Emulator:
             patch.setattr(module, "target_of", lambda _: hopper)
         for module in (grouped, fp8):
             patch.setattr(module, "carve", lambda _, *parts: [torch.zeros(shape, dtype=kind) for shape, kind in parts])
-        patch.setattr(fp8, "enter_rows", enter_rows_by_torch)
         for module in (backend, routed_decode):
             patch.setattr(module, "mailboxes", self.mailboxes)
         patch.setattr(gemm, "_weight_map", weight_map)
         patch.setattr(gemm, "_activation_map", activation_map)
-        for module in (backend, routed_decode, gemm, grouped):
+        for module in (backend, routed_decode, gemm, grouped, fp8):
             patch.setattr(module, "load_kernel", self.load)
-        for module in (gemm, grouped):
+        for module in (gemm, grouped, fp8):
             patch.setattr(module, "launch_kernel", self.launch_kernel)
         for module in (routed_decode, gemm):
             patch.setattr(module, "launch_structure", self.launch_structure)
@@ -266,7 +266,7 @@ def test_halves_of_a_shared_expert(cut: tuple[int, ...], static: bool, emulator:
 def test_a_shared_expert_in_fp8(
     cut: tuple[int, ...] | None, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """gemm.cu on e4m3, without a list of tiles; rows enter by torch."""
+    """Few tokens: fp8.cu, and gemm.cu on e4m3 without a list of tiles."""
     hidden, size = shape = 656, 80
     if cut is not None:
         configs = GemmConfig(*cut, fp8=True), GemmConfig(*cut[:3], 1, fp8=True)
@@ -278,7 +278,51 @@ def test_a_shared_expert_in_fp8(
         out = torch.full_like(x, torch.nan)
         fp8.shared_expert(x, weights, call, size, out)
         check(out, alone(x, tensors, call), FP8, "shared_expert")
-    assert emulator.launches == 4
+    assert emulator.launches == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rows_enter_fp8_to_the_bit(dtype: torch.dtype, emulator: Emulator) -> None:
+    """fp8.cu: rows as they are and in the order of fragments, all of them and some that a list names."""
+    x = (torch.randn(40, 272) * torch.randn(40, 1).exp()).to(dtype)
+    x[3, 7], x[5] = torch.nan, 0
+    want, want_scales = quantize_fp8_rows(x)
+    values, scales = torch.empty(x.shape, dtype=want.dtype), torch.empty(40, 1)
+    fp8.quantize_rows(x, values, scales)
+    assert_same_bytes(values, want)
+    torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
+    token, count = torch.randint(40, (64,), dtype=torch.int32), torch.tensor([50], dtype=torch.int32)
+    for rows, gather, source in ((count, token, token[:50].long()), (None, None, torch.arange(40))):
+        values = torch.zeros(len(token if rows is not None else x), padded(272), dtype=torch.uint8).view(want.dtype)
+        scales = torch.zeros(len(values))
+        fp8.enter_rows(x, rows, gather, values, scales)
+        assert_same_bytes(values[: len(source)], as_operands(want[source]))
+        torch.testing.assert_close(scales[: len(source)], want_scales[source, 0], rtol=0, atol=0, equal_nan=True)
+        assert not values[len(source) :].view(torch.uint8).any()
+
+
+def test_h_in_fp8(emulator: Emulator) -> None:
+    """swiglu_quantize of fp8.cu, all but the few bytes whose quotient lies at a boundary of e4m3."""
+    gate_up = (torch.randn(9, 544) * 4).clamp(-15.5, 15.5).bfloat16()
+    values, scales = torch.empty(9, 272, dtype=torch.float8_e4m3fn), torch.empty(9, 1)
+    fp8.swiglu_quantize(gate_up, LIMIT, values, scales)
+    want, want_scales = quantize_fp8_rows(swiglu(*gate_up.float().chunk(2, dim=1), LIMIT))
+    torch.testing.assert_close(scales, want_scales, rtol=2.0**-18, atol=0)
+    assert (values.view(torch.uint8) != want.view(torch.uint8)).sum() <= 2
+
+
+def test_weights_unpacked_to_fp8(emulator: Emulator) -> None:
+    """unpack.cu: gate and up taken apart, down; every code under every scale."""
+    gate, up, down = weights = weights_of(272, 144, strange=True)
+    gate_up, global_scales, amax, of_down, scale_of_down, amax_of_down = fp8_backend.BACKEND.pack(*weights).values()
+    for packed, of_rows, scale, want in (
+        (gate_up, amax, global_scales, rounded(gate, up)),
+        (of_down, amax_of_down[None], scale_of_down, rounded(down)),
+    ):
+        values, scales = (torch.empty_like(t) for t in want)
+        fp8.unpack_rows(packed, of_rows, scale, values, scales)
+        assert_same_bytes(values, want[0])
+        torch.testing.assert_close(scales, want[1], rtol=0, atol=0, equal_nan=True)
 
 
 # tokens, experts, top_k: tiles of 32 rows at most, and of 128 by two strips
@@ -292,7 +336,7 @@ BY_EXPERT = [
 
 @pytest.mark.parametrize(("mode", "weighting", "sizes"), BY_EXPERT, ids=str)
 def test_rows_by_expert(mode: tuple[str, str], weighting: str, sizes: tuple[int, int, int], emulator: Emulator) -> None:
-    """More tokens: group.cu, enter_rows.cu (fp8: torch), gemm.cu over a list of tiles, combine.cu."""
+    """More tokens: group.cu, enter_rows.cu (fp8: fp8.cu), gemm.cu over a list of tiles, combine.cu."""
     tokens, experts, top_k = sizes
     stacks = make_experts(experts, *SHAPE)
     x, routing = torch.randn(tokens, SHAPE[0]), draw_routing(tokens, top_k, weighting, experts)
