@@ -43,7 +43,9 @@ def spoil(source: Path, mutant: Mutant) -> None:
 
 @pytest.mark.parametrize("file", sorted({mutant.killed_by.partition("::")[0] for mutant in MUTANTS}))
 def test_the_named_tests_pass_on_the_unspoiled_copy(file: str, source: Path) -> None:
-    code, output = run_tests(source, *sorted({m.killed_by for m in MUTANTS if m.killed_by.startswith(f"{file}::")}))
+    """A copy can run them; all of their cases run on the working tree anyway."""
+    named = sorted({m.killed_by for m in MUTANTS if m.killed_by.startswith(f"{file}::")})
+    code, output = run_tests(source, *named, cases=2)
     assert code == 0, output
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 from nvfp4_experts.kernels.sm90.compile import source_of
@@ -47,8 +48,12 @@ extern "C" int launch(const void* arguments, unsigned x, unsigned y, int threads
 
 
 def build(name: str, file: str, macros: tuple[tuple[str, int], ...], folder: Path) -> ctypes.CDLL:
-    """The kernel as a library with `launch(arguments, x, y, threads, shared_bytes, cluster, seed)`; 1 if it ended."""
-    source, library = folder / "kernel.cpp", folder / "kernel.so"
+    """The kernel as a library with `launch(arguments, x, y, threads, shared_bytes, cluster, seed)`; 1 if it ended.
+
+    folder: where files that nobody needs again may lie.
+    """
+    own = Path(tempfile.mkdtemp(dir=folder))
+    source, library = own / "kernel.cpp", own / "kernel.so"
     source.write_text(translate(name, file))
     defined = [f"-D{macro}={value}" for macro, value in macros]
     subprocess.run(["c++", *_FLAGS, f"-I{_HERE}", *defined, str(source), "-o", str(library)], check=True)

@@ -50,6 +50,7 @@ SHAPE = 272, 80  # rows of whole chunks and the rest of one; 10 tiles of L1 for 
 MODES = [("bf16", "dynamic"), *(("nvfp4", scale) for scale in ("static", "dynamic", "per_token"))]
 FP8 = "fp8", "dynamic"
 CPU = torch.device("cpu")
+LIBRARIES: dict[tuple[str, tuple[tuple[str, int], ...]], ctypes.CDLL] = {}  # built so far
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("c++"), reason="needs c++ and Linux's ucontext"
@@ -60,7 +61,7 @@ class Emulator:
     """In the place of what loads and launches kernels, and gives them mailboxes."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
-        self._folder, self._libraries, self.launches = folder, {}, 0
+        self._folder, self.launches = folder, 0
         self._mailboxes: dict[tuple[object, ...], Mailboxes] = {}
         hopper = Target("cuda", "a small Hopper", (9, 0), BLOCKS)
         cuda_core = SimpleNamespace(LaunchConfig=SimpleNamespace, launch=self.launch)
@@ -87,11 +88,9 @@ class Emulator:
         routed_decode._tiles.cache_clear()
 
     def load(self, name: str, file: str, macros: tuple[tuple[str, int], ...], *_: object) -> ctypes.CDLL:
-        if (name, macros) not in self._libraries:
-            folder = self._folder / str(len(self._libraries))
-            folder.mkdir()
-            self._libraries[name, macros] = build(name, file, macros, folder)
-        return self._libraries[name, macros]
+        if (name, macros) not in LIBRARIES:
+            LIBRARIES[name, macros] = build(name, file, macros, self._folder)
+        return LIBRARIES[name, macros]
 
     def mailboxes(self, device: torch.device, box: int, layout: tuple[object, ...] = ()) -> Mailboxes:
         return self._mailboxes.setdefault((box, layout), Mailboxes(device, mailbox_bytes(box)))

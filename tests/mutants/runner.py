@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import multiprocessing
 import os
 import shutil
@@ -20,10 +21,14 @@ _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["hypothesis", "pytest", "torch", "torch._inductor.config"])
 
 
-def run_tests(source: Path, *node_ids: str) -> tuple[int, str]:
-    """Run tests of the working tree with the package in `source`: pytest's exit code, and what it printed."""
+def run_tests(source: Path, *node_ids: str, cases: int | None = None) -> tuple[int, str]:
+    """Run tests of the working tree with the package in `source`: pytest's exit code, and what it printed.
+
+    Args:
+        cases: of a test with parameters, at most so many; None: all.
+    """
     log = source / "log"
-    process = _processes.Process(target=_child, args=(source, log, node_ids))
+    process = _processes.Process(target=_child, args=(source, log, node_ids, cases))
     process.start()
     process.join(TIMEOUT_SECONDS)
     process.kill()
@@ -42,7 +47,18 @@ def build_native(source: Path) -> None:
         subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
 
 
-def _child(source: Path, log: Path, node_ids: tuple[str, ...]) -> None:
+class _FewCases:
+    """A plugin that runs a test with its first parameters alone."""
+
+    def __init__(self, most: int | None) -> None:
+        self._most = most
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        tests = itertools.groupby(items, key=lambda item: item.nodeid.partition("[")[0])
+        items[:] = [item for _, of_test in tests for item in itertools.islice(of_test, self._most)]
+
+
+def _child(source: Path, log: Path, node_ids: tuple[str, ...], cases: int | None) -> None:
     with open(log, "w", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -56,4 +72,4 @@ def _child(source: Path, log: Path, node_ids: tuple[str, ...]) -> None:
     sys.dont_write_bytecode = True
     assert "nvfp4_experts" not in sys.modules
     options = ["-q", "-x", "--tb=line", "-p", "no:cacheprovider", "-o", f"pythonpath={source} {ROOT}"]
-    sys.exit(pytest.main([*options, *node_ids]))
+    sys.exit(pytest.main([*options, *node_ids], plugins=[_FewCases(cases)]))
