@@ -175,6 +175,24 @@ def test_a_shared_expert_beside_is_its_result_added_last(tokens: int, mode: tupl
     assert torch.equal(routed.with_shared(x, indices, weights, shared, out), parts[0] + parts[1])
 
 
+@pytest.mark.parametrize("tokens", [4, 40, 300])
+@pytest.mark.parametrize(
+    ("mode", "of_shared"),
+    [(("bf16", "dynamic"), ("fp8", "dynamic")), (("fp8", "dynamic"), ("bf16", "dynamic"))],
+    ids=str,
+)
+def test_a_shared_expert_of_another_format_beside(
+    mode: tuple[str, str], of_shared: tuple[str, str], tokens: int
+) -> None:
+    routed, shared = make(SMALL, mode), make_shared(SMALL, of_shared)
+    routed.prepare_with(shared)
+    x = torch.randn(tokens, SMALL[0], device="cuda").bfloat16()
+    chosen = on_gpu(draw_routing(tokens, K, experts=E))
+    parts = [part(x, *more, out=torch.empty(x.shape, device="cuda")) for part, more in ((routed, chosen), (shared, ()))]
+    got = routed.with_shared(x, *chosen, shared, torch.empty(x.shape, device="cuda"))
+    assert torch.equal(got, parts[0] + parts[1])
+
+
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_a_call_does_not_see_what_another_left(mode: tuple[str, str]) -> None:
     """More tokens before fewer and fewer before more, in any order, with a shared expert and without; nobody's too."""

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
@@ -77,6 +77,7 @@ def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]
         ):
             patch.setattr(module, name, calls.get(name, lambda *_: mock.MagicMock()))
         patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        patch.setattr(backend, "_compiler_problem", lambda: None)
         patch.setattr(routed_decode, "target_of", lambda _: HOPPER)
         routed_decode._tiles.cache_clear()
         patch.setattr(torch.cuda, "synchronize", calls.get("synchronize", lambda *_: None))
@@ -86,7 +87,8 @@ def prepare(hidden: int, intermediate: int, calls: dict[str, Callable[..., None]
             kernels.one.prepare(problem, torch.device("cpu"), 8192)
             experts = Problem(hidden, intermediate, activations, HOPPER, experts=256, top_k=6)
             kernels.prepare(experts, torch.device("cpu"), 8192)
-            kernels.prepare_moe(problem, torch.device("cpu"), 8192)
+            for of_shared in ACTIVATIONS:  # a format of its own, or the routed ones'
+                kernels.prepare_moe(replace(problem, activations=of_shared), torch.device("cpu"), 8192)
 
 
 @functools.cache

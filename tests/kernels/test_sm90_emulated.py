@@ -7,6 +7,7 @@ The order in which warps go on is drawn anew in each launch, and results do not 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import shutil
 import struct
@@ -73,7 +74,7 @@ class Emulator:
         patch.setattr(backend, "current_stream", lambda _: None)
         for module in (backend, routed_decode, gemm, fp8):
             patch.setattr(module, "target_of", lambda _: hopper)
-        for module in (grouped, fp8):
+        for module in (grouped, fp8, gemm):
             patch.setattr(module, "carve", lambda _, *parts: [torch.zeros(shape, dtype=kind) for shape, kind in parts])
         for module in (backend, routed_decode):
             patch.setattr(module, "mailboxes", self.mailboxes)
@@ -344,6 +345,27 @@ def test_rows_by_expert(mode: tuple[str, str], weighting: str, sizes: tuple[int,
     kernels = routed_fp8.ROUTED if mode == FP8 else routed.ROUTED
     grouped.routed_experts(x, list(kernels.pack(*stacks).values()), routing, call, out, addend)
     check(out, wanted(x, stacks, routing, call) + addend, mode, "routed_experts")
+
+
+@pytest.mark.parametrize(("mode", "of_shared"), [(MODES[0], FP8), (FP8, MODES[0]), (MODES[1], FP8)], ids=str)
+def test_a_shared_expert_of_another_format_beside(
+    mode: tuple[str, str], of_shared: tuple[str, str], emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, experts, top_k = FEW_ROWS
+    monkeypatch.setattr(routed, "carve", lambda *_, behind: [torch.zeros(tokens, SHAPE[0])] * (behind > 0))
+    monkeypatch.setattr(backend, "exclusive", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    stacks = make_experts(experts, *SHAPE)
+    x, routing = torch.randn(tokens, SHAPE[0]), draw_routing(tokens, top_k, "before_down", experts)
+    call, tensors = Call(LIMIT, *mode, *static_scales(experts)), one_of(stacks, 2)
+    kernels, one = (
+        routed_fp8.ROUTED if mode == FP8 else routed.ROUTED,
+        fp8_backend.BACKEND if of_shared == FP8 else backend.BACKEND,
+    )
+    beside = Beside(one, list(one.pack(*tensors).values()), Call(LIMIT, *of_shared))
+    out = torch.full_like(x, torch.nan)
+    routed._run_beside(x, list(kernels.pack(*stacks).values()), routing, call, beside, out)
+    check(out, wanted(x, stacks, routing, call) + alone(x, tensors, beside.call), FP8, "routed_experts")
 
 
 @pytest.mark.parametrize(("tokens", "tile_rows"), [(1, 32), (70, 32), (180, 64)])

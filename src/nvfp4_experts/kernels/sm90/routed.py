@@ -21,6 +21,7 @@ from ..dispatch import Beside, Call, Problem, Routing
 from ..one_by_one import StackedExperts
 from . import grouped, routed_decode
 from .backend import BACKEND, Sm90Backend
+from .fp8_backend import BACKEND as FP8_BACKEND
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
 # Up to how many slots a call is one launch. With "static" x is another for each expert: more are faster in groups.
@@ -59,42 +60,45 @@ class Sm90RoutedExperts(StackedExperts):
 
     def prepare_moe(self, shared: Problem, device: torch.device, max_tokens: int) -> None:
         """Compile and load the shared expert's kernels with a result in fp32, and reserve what they and it take."""
+        one = next((one for one in (BACKEND, FP8_BACKEND) if one.refusal(shared) is None), None)
+        if one is None:
+            return
         with torch.cuda.device(device):
-            self.one.prepare_result(shared, device, max_tokens, torch.float32)
+            one.prepare_result(shared, device, max_tokens, torch.float32)
             sizes = shared.activations, shared.hidden, shared.intermediate, max_tokens
-            of_shared = self.one.most_scratch(*sizes, torch.bfloat16, torch.float32)
+            of_shared = one.most_scratch(*sizes, torch.bfloat16, torch.float32)
             reserve(device, of_shared + bytes_of([((max_tokens, shared.hidden), torch.float32)]))
 
     def moe(self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
-        if beside.backend is not self.one:
+        if beside.backend not in (BACKEND, FP8_BACKEND):
             super().moe(x, weights, routing, call, beside, out)
             return
         with torch.cuda.device(x.device), exclusive(x.device):
-            run_aligned(self._run_beside, x, weights, routing, call, beside, out=out)
-
-    def _run_beside(
-        self, x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor
-    ) -> None:
-        of_shared, top_k = beside.call, routing.indices.shape[1]
-        same_size = beside.weights[0].numel() == weights[0][0].numel()
-        same_format = grouped.mode_of(of_shared) == grouped.mode_of(call) and of_shared.clamp == call.clamp
-        if _few(x, weights, routing, call) and same_size and same_format:
-            routed_decode.routed_experts(x, weights, routing, call, out, beside)
-            return
-        # Scratch of the two calls begins at one place; what one hands the other lies behind both.
-        tokens, hidden = x.shape
-        experts, _, size = weights[2].shape
-        of_routed = list(grouped.scratch(grouped.mode_of(call), hidden, size, experts, tokens, top_k).values())
-        sizes = of_shared.activations, hidden, beside.weights[2].shape[1], tokens
-        used = max(bytes_of(of_routed), self.one.most_scratch(*sizes, x.dtype, torch.float32))
-        (addend,) = carve(x.device, ((tokens, hidden), torch.float32), behind=used)
-        self.one.shared_expert(x, beside.weights, of_shared, addend)
-        grouped.routed_experts(x, weights, routing, call, out, addend)
+            run_aligned(_run_beside, x, weights, routing, call, beside, out=out)
 
 
 def _run(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor) -> None:
     run = routed_decode.routed_experts if _few(x, weights, routing, call) else grouped.routed_experts
     run(x, weights, routing, call, out)
+
+
+def _run_beside(x: Tensor, weights: list[Tensor], routing: Routing, call: Call, beside: Beside, out: Tensor) -> None:
+    one = FP8_BACKEND if beside.backend is FP8_BACKEND else BACKEND
+    of_shared, top_k = beside.call, routing.indices.shape[1]
+    same_size = beside.weights[0].numel() == weights[0][0].numel()
+    same_format = grouped.mode_of(of_shared) == grouped.mode_of(call) and of_shared.clamp == call.clamp
+    if _few(x, weights, routing, call) and same_size and same_format:
+        routed_decode.routed_experts(x, weights, routing, call, out, beside)
+        return
+    # Scratch of the two calls begins at one place; what one hands the other lies behind both.
+    tokens, hidden = x.shape
+    experts, _, size = weights[2].shape
+    of_routed = list(grouped.scratch(grouped.mode_of(call), hidden, size, experts, tokens, top_k).values())
+    sizes = of_shared.activations, hidden, beside.weights[2].shape[1], tokens
+    used = max(bytes_of(of_routed), one.most_scratch(*sizes, x.dtype, torch.float32))
+    (addend,) = carve(x.device, ((tokens, hidden), torch.float32), behind=used)
+    one.shared_expert(x, beside.weights, of_shared, addend)
+    grouped.routed_experts(x, weights, routing, call, out, addend)
 
 
 def _few(x: Tensor, weights: list[Tensor], routing: Routing, call: Call) -> bool:
