@@ -59,6 +59,13 @@ OF_KERNELS = (
         "tests/kernels/test_sm90_emulated.py::test_a_shared_expert_in_fp8[None]",
     ),
     Mutant(
+        "a shared expert of another format runs on the kernels of the routed ones",
+        "kernels/sm90/routed.py",
+        "one = FP8_BACKEND if beside.backend is FP8_BACKEND else BACKEND",
+        "one = FP8_BACKEND if call.activations == 'fp8' else BACKEND",
+        "tests/kernels/test_sm90_emulated.py::test_a_shared_expert_of_another_format_beside",
+    ),
+    Mutant(
         "products are not waited for before what they read is given back",
         "kernels/sm90/gemm.cu",
         "mma_wait<1>();  // the chunk before has been multiplied",
