@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FP8 on Hopper: its kernels compile without spills; on a GPU their bytes are those of formats/activations.py.
 
-On a CPU the plan of `fp8.shared_expert` runs with plain torch in the place of its three kernels.
+On a CPU the plans of fp8.py, for few tokens and many, and of grouped.py run with plain torch in the place of kernels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nvfp4_experts.kernels.cuda.workspace import Part, bytes_of
 from nvfp4_experts.kernels.dispatch import WEIGHTINGS, Call, Routing
 from nvfp4_experts.kernels.one_by_one import hit_experts
 from nvfp4_experts.kernels.sm90 import fp8, gemm, grouped
-from nvfp4_experts.kernels.sm90.config import GemmConfig
+from nvfp4_experts.kernels.sm90.config import GemmConfig, GemmProblem, refusal
 from nvfp4_experts.kernels.sm90.fp8_backend import BACKEND
 from nvfp4_experts.kernels.sm90.routed_fp8 import ROUTED
 from nvfp4_experts.kernels.target import Target
@@ -365,7 +365,7 @@ def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> No
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cut", [(1, 2, 32, 2), (2, 1, 64, 1), (1, 1, 128, 4), (1, 4, 32, 1), (2, 2, 128, 4)], ids=str)
+@pytest.mark.parametrize("cut", [(1, 2, 32, 2), (2, 1, 64, 1), (1, 1, 128, 4), (1, 4, 32, 1), (2, 2, 64, 2)], ids=str)
 def test_weights_of_a_shared_expert_enter_the_fp8_gemm_so_too(cut: tuple[int, ...]) -> None:
     """As above, by launches without a list of tiles, K cut in blocks and clusters; more rows than one block's."""
     hidden, intermediate = 272, 576
@@ -377,6 +377,7 @@ def test_weights_of_a_shared_expert_enter_the_fp8_gemm_so_too(cut: tuple[int, ..
     out = torch.full((intermediate, hidden), torch.nan, device="cuda")
     fp8.enter_rows(ones, None, None, values, x_scales)
     config, named = GemmConfig(*cut, fp8=True), {"token_scales": x_scales, "scaling": gemm.SCALE_OF_TOKEN}
+    assert refusal(config, GemmProblem(hidden, intermediate, intermediate)) is None
     gemm.run_half(values, down, hidden, scale, out, config, gate_up=False, row_amax=row_amax, **named)
     columns, row_scales = rounded(weights[2])
     want = (columns.float() * 448).T * (torch.tensor(1 / 448) * row_scales)
@@ -393,6 +394,11 @@ def test_swiglu_is_rounded_to_a_nearest_e4m3(columns: int, limit: float) -> None
     values = torch.empty(129, columns, dtype=torch.float8_e4m3fn, device="cuda")
     scales = torch.empty(129, 1, device="cuda")
     fp8.swiglu_quantize(gate_up.cuda(), limit, values, scales)
+    check_h(values, scales, gate_up, limit)
+
+
+def check_h(values: Tensor, scales: Tensor, gate_up: Tensor, limit: float) -> None:
+    """What `swiglu_quantize` made of gate and up."""
     h = reference.swiglu(*gate_up.double().chunk(2, dim=1), limit)
     want_scales = h.abs().amax(1, keepdim=True).clamp(min=AMAX_FLOOR) / E4M3_MAX
     torch.testing.assert_close(scales.cpu().double(), want_scales, rtol=SWIGLU_BOUND, atol=0)

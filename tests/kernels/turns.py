@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Processes that take turns on one GPU: launches are put aside in the middle, and what is a few instructions apart in a
-launch alone is then a long time apart. Run by test_gpu_turns.py; each process prints how many calls gave other bits
-than the most of them do, for each activation format and number of tokens, as JSON.
+"""One of the processes that take turns on a GPU in test_gpu_turns.py: launches are put aside in the middle, and what is
+a few instructions apart in a launch alone is then a long time apart.
 
-    python -m tests.kernels.turns DEVICE CALLS
+    python -m tests.kernels.turns CALLS
+
+Prints, as JSON, how many calls gave other bits than the most of them do, for each activation format and number of
+tokens.
 """
 
 from __future__ import annotations
@@ -13,32 +15,19 @@ import sys
 
 import torch
 
-from nvfp4_experts.layers.routed_experts import Nvfp4RoutedExperts
-from tests.kernels.test_routed_experts import LIMIT, MODES, draw_routing, make_experts, static_scales
+from tests.kernels.test_gpu_routed import BIG, MODES, E, K, draw_routing, make, on_gpu
 
-E, K, SHAPE = 9, 6, (4096, 2048)
 TOKENS = (8, 2, 40)  # static scales: 2 are one launch
 AT_ONCE = 20
 
 
-def main(device: str, calls: int) -> None:
-    stacks = [stack.to(device) for stack in make_experts(E, *SHAPE)]
-    input_scale, hidden_scale = static_scales(E)
+def main(calls: int) -> None:
     found = {}
     for mode in MODES:
-        layer = Nvfp4RoutedExperts(
-            *stacks,
-            swiglu_limit=LIMIT,
-            activations=mode[0],
-            activation_scale=mode[1],
-            input_scale=input_scale,
-            hidden_scale=hidden_scale,
-            top_k=K,
-            max_tokens=max(TOKENS),
-        )
+        layer = make(BIG[0], mode)
         for tokens in TOKENS:
-            x, routing = torch.randn(tokens, SHAPE[0]).bfloat16().to(device), draw_routing(tokens, K, experts=E)
-            chosen = routing.indices.to(device), routing.weights.to(device)
+            x = torch.randn(tokens, BIG[0][0], device="cuda").bfloat16()
+            chosen = on_gpu(draw_routing(tokens, K, experts=E))
             votes = [layer(x, *chosen) for _ in range(3)]
             right = votes[0] if torch.equal(votes[0], votes[1]) else votes[2]
             different = 0
@@ -50,4 +39,4 @@ def main(device: str, calls: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(int(sys.argv[1]))

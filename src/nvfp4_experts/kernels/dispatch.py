@@ -2,9 +2,9 @@
 """Which backend runs a shared expert, or routed ones, and why not the others.
 
 A backend is one module with a `BACKEND` object. It refuses a problem with a reason or takes it; it packs weights into
-the form its kernel reads and can unpack them again; and it computes. A new backend is a new row in `_MODULES`, or in
-`_MODULES_BY_NAME` if it must be asked for: the contract tests, `nvfp4-experts run --backend` and the error messages
-find it there. One that has routed experts too has a `ROUTED` object, and a row in `_ROUTED`.
+the form its kernel reads and can unpack them again; and it computes. A new backend is a new row in `_MODULES`, in
+`_MODULES_BY_NAME` if it must be asked for, or in `_OTHER_FORMS`: the contract tests, `nvfp4-experts run --backend` and
+the error messages find it there. One that has routed experts too has a `ROUTED` object, and a row in `_ROUTED`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -33,12 +34,11 @@ _MODULES = {"sm100": "sm100.backend", "sm90": "sm90.backend", "cpu": "cpu.backen
 BACKENDS = tuple(_MODULES)
 
 # Another form of a backend's weights is a backend of its own, tried with it: the name stands for both.
-_ALSO = {"sm90": ("sm90-fp8",)}
-_MODULES_OF_FORMS = {"sm90-fp8": "sm90.fp8_backend"}
+_OTHER_FORMS = {"sm90": {"sm90-fp8": "sm90.fp8_backend"}}
 
 
 def _forms(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(form for one in names for form in (one, *_ALSO.get(one, ())))
+    return tuple(form for one in names for form in (one, *_OTHER_FORMS.get(one, ())))
 
 
 # What "auto" never takes, wherever it runs: each answers another question than how to be fast.
@@ -199,7 +199,7 @@ def get_backend(name: str) -> Backend:
     """The backend of that name, imported on first use."""
     if name not in ALL_BACKENDS:
         raise UnsupportedError("backend", f"must be one of {('auto', *ALL_BACKENDS)}", repr(name), "use 'auto'")
-    module = (_MODULES | _MODULES_OF_FORMS | _MODULES_BY_NAME)[name]
+    module = ChainMap(_MODULES, *_OTHER_FORMS.values(), _MODULES_BY_NAME)[name]
     return importlib.import_module(f".{module}", __package__).BACKEND
 
 

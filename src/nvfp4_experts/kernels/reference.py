@@ -34,9 +34,8 @@ weight of 0 is a weight like any other: NaN times 0 is NaN. Global scales in "nv
 | "dynamic"        | amax of x, all T tokens             | amax of the rows that this call has for e              |
 | "per_token"      | amax of the row                     | amax of the row                                        |
 
-Backends may differ from this file in the order of the sums over k and in nothing else, but for "fp8" on sm90
-(sm90/fp8.py) and sm90-fp8 (sm90/grouped.py), and for sm100-flashinfer (sm100/vendor_flashinfer.py). No kernel calls
-this file and it calls no kernel.
+Backends may differ from this file in the order of the sums over k and in nothing else, but for sm90-fp8 (sm90/fp8.py,
+sm90/grouped.py) and sm100-flashinfer (sm100/vendor_flashinfer.py). No kernel calls this file and it calls no kernel.
 """
 
 from __future__ import annotations

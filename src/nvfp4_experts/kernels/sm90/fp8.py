@@ -47,7 +47,7 @@ from . import gemm
 from .choice import choose
 from .compile import launch_kernel, load_kernel
 
-FEW = 256  # tokens
+FEW = 256  # tokens; from the next range on the vendor's GEMM is faster on V4-Flash (docs/measured.md)
 WEIGHTS_AT_ONCE = 1 << 26
 _QUANTIZE_ROWS = {
     torch.bfloat16: "quantize_rows_bf16",
