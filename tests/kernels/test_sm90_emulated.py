@@ -43,7 +43,15 @@ from nvfp4_experts.kernels.target import Target
 from nvfp4_experts.layouts.fragments import CHUNK_BYTES
 from tests.emulator.translate import build
 from tests.kernels.test_routed_experts import LIMIT, draw_routing, make_experts, static_scales, wanted
-from tests.kernels.test_sm90_fp8 import as_operands, assert_same_bytes, check_h, padded, rounded, weights_of
+from tests.kernels.test_sm90_fp8 import (
+    assert_same_bytes,
+    check_h,
+    enter_rows_by_torch,
+    places_of_rows,
+    rounded,
+    untouched,
+    weights_of,
+)
 from tests.tolerances import against_reference
 
 BLOCKS, E, K = 4, 9, 6
@@ -283,7 +291,7 @@ def test_a_shared_expert_in_fp8(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_rows_enter_fp8_to_the_bit(dtype: torch.dtype, emulator: Emulator) -> None:
-    """fp8.cu: rows as they are and in the order of fragments, all of them and some that a list names."""
+    """fp8.cu: rows as they are, and in the order of fragments to wherever rows of slots are."""
     x = (torch.randn(40, 272) * torch.randn(40, 1).exp()).to(dtype)
     x[3, 7], x[5] = torch.nan, 0
     want, want_scales = quantize_fp8_rows(x)
@@ -291,14 +299,12 @@ def test_rows_enter_fp8_to_the_bit(dtype: torch.dtype, emulator: Emulator) -> No
     fp8.quantize_rows(x, values, scales)
     assert_same_bytes(values, want)
     torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
-    token, count = torch.randint(40, (64,), dtype=torch.int32), torch.tensor([50], dtype=torch.int32)
-    for rows, gather, source in ((count, token, token[:50].long()), (None, None, torch.arange(40))):
-        values = torch.zeros(len(token if rows is not None else x), padded(272), dtype=torch.uint8).view(want.dtype)
-        scales = torch.zeros(len(values))
-        fp8.enter_rows(x, rows, gather, values, scales)
-        assert_same_bytes(values[: len(source)], as_operands(want[source]))
-        torch.testing.assert_close(scales[: len(source)], want_scales[source, 0], rtol=0, atol=0, equal_nan=True)
-        assert not values[len(source) :].view(torch.uint8).any()
+    for places in places_of_rows(40):
+        (values, scales), (want, want_scales) = untouched(272), untouched(272)
+        fp8.enter_rows(x, values, scales, **places)
+        enter_rows_by_torch(x, want, want_scales, **places)
+        assert_same_bytes(values, want)
+        torch.testing.assert_close(scales, want_scales, rtol=0, atol=0, equal_nan=True)
 
 
 def test_h_in_fp8(emulator: Emulator) -> None:
@@ -382,7 +388,6 @@ def test_slots_by_expert(tokens: int, tile_rows: int, emulator: Emulator) -> Non
     assert (row_of[~is_here] == -1).all() and int(made["counts"][1]) == len(here)
     assert torch.equal(row_of[here].sort().values, torch.arange(len(here)))
     assert torch.equal(made["expert_of_row"][row_of[here]], chosen[here].int())
-    assert torch.equal(made["token_of_row"][row_of[here]], (here // K).int())
     assert torch.equal(made["weight_of_row"][row_of[here]], weights[here])
     row = 0
     for expert, first, end, _ in made["tiles"][: int(made["counts"][0])].tolist():

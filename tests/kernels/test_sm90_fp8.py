@@ -203,7 +203,7 @@ def test_plan_of_routed_experts_with_torch_for_kernels(monkeypatch: pytest.Monke
         for expert, slots in hit_experts(routing, experts):
             rows = torch.arange(row, row + len(slots))
             made["row_of_slot"][slots] = rows.int()
-            made["token_of_row"][rows], made["expert_of_row"][rows] = (slots // top_k).int(), expert
+            made["expert_of_row"][rows] = expert
             made["weight_of_row"][rows] = routing.weights.flatten()[slots]
             for first in range(row, row + len(slots), tile_rows):
                 made["tiles"][tile] = torch.tensor([expert, first, min(first + tile_rows, row + len(slots)), 0])
@@ -236,10 +236,16 @@ def test_plan_of_routed_experts_with_torch_for_kernels(monkeypatch: pytest.Monke
     assert (out - want).norm() <= AGAINST_REFERENCE["routed_experts", "fp8", "sm90-fp8"] * want.norm()
 
 
-def enter_rows_by_torch(x: Tensor, rows: Tensor | None, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
-    count = len(values) if rows is None else int(rows)
-    made, made_scales = quantize_fp8_rows(x[:count] if gather is None else x[gather[:count].long()])
-    values[:count], scales[:count] = as_operands(made), made_scales[:, 0]
+def enter_rows_by_torch(
+    x: Tensor, values: Tensor, scales: Tensor, *, count: Tensor | None = None, row_of_slot: Tensor | None = None
+) -> None:
+    made, made_scales = quantize_fp8_rows(x)
+    if row_of_slot is None:
+        to = source = torch.arange(len(x) if count is None else int(count))
+    else:
+        (slots,) = torch.nonzero(row_of_slot >= 0, as_tuple=True)
+        to, source = row_of_slot[slots].long(), slots // (len(row_of_slot) // len(x))
+    values[to], scales[to] = as_operands(made)[source], made_scales[source, 0]
 
 
 def half_by_torch(
@@ -310,18 +316,29 @@ def as_operands(values: Tensor) -> Tensor:
 def test_entered_rows_are_quantized_rows_in_another_order(columns: int, dtype: torch.dtype) -> None:
     x = (torch.randn(40, columns) * torch.randn(40, 1).exp()).to(dtype)
     x[3, 7] = torch.nan
-    token = torch.randint(40, (64,), dtype=torch.int32)
-    want, want_scales = quantize_fp8_rows(x)
-    for gather, source in ((token, token.long()), (None, torch.arange(64))):
-        here = x if gather is not None else x[torch.arange(64) % 40]
-        values = torch.zeros(64, padded(columns), dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
-        values[:50].view(torch.uint8).fill_(0xFF)
-        scales = torch.zeros(64, device="cuda")
-        count = torch.tensor([50], dtype=torch.int32, device="cuda")
-        fp8.enter_rows(here.cuda(), count, None if gather is None else gather.cuda(), values, scales)
-        assert_same_bytes(values[:50], as_operands(want[source[:50] % 40]))
-        torch.testing.assert_close(scales[:50].cpu(), want_scales[source[:50] % 40, 0], rtol=0, atol=0, equal_nan=True)
-        assert not values[50:].view(torch.uint8).any() and not scales[50:].any()
+    for places in places_of_rows(40):
+        there = {name: place.cuda() for name, place in places.items()}
+        values, scales = (t.cuda() for t in untouched(columns))
+        fp8.enter_rows(x.cuda(), values, scales, **there)
+        want, want_scales = untouched(columns)
+        enter_rows_by_torch(x, want, want_scales, **places)
+        assert_same_bytes(values, want)
+        torch.testing.assert_close(scales.cpu(), want_scales, rtol=0, atol=0, equal_nan=True)
+
+
+def places_of_rows(tokens: int) -> list[dict[str, Tensor]]:
+    """Where fp8.enter_rows is asked to put rows: their own, all or some, and those of 3 and 11 slots, some of none."""
+    of_slots = []
+    for top_k in (3, 11):
+        places = torch.randperm(tokens * top_k, dtype=torch.int32)
+        of_slots.append({"row_of_slot": torch.where(places % 4 == 0, -1, places)})
+    return [{}, {"count": torch.tensor([tokens - 7], dtype=torch.int32)}, *of_slots]
+
+
+def untouched(columns: int) -> tuple[Tensor, Tensor]:
+    """Values and scales of places_of_rows(40), as they are where nothing is written."""
+    values = torch.full((40 * 11, padded(columns)), 0x11, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    return values, torch.full((len(values),), -1.0)
 
 
 @pytest.mark.gpu
@@ -336,7 +353,7 @@ def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> No
     rows = len(ones)
     values = torch.empty(rows, padded(intermediate), dtype=torch.float8_e4m3fn, device="cuda")
     x_scales, out = torch.empty(rows, device="cuda"), torch.full((rows, hidden), torch.nan, device="cuda")
-    fp8.enter_rows(ones, torch.tensor([rows], dtype=torch.int32, device="cuda"), None, values, x_scales)
+    fp8.enter_rows(ones, values, x_scales)
     tiles = [
         (expert, first, min(first + tokens, (expert + 1) * intermediate), 0)
         for expert in range(experts)
@@ -349,7 +366,7 @@ def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> No
         hidden,
         scales,
         out,
-        GemmConfig(2, 1, tokens, 1, 2, True) if tokens > 64 else GemmConfig(4, 1, tokens, 1, fp8=True),
+        GemmConfig(4, 1, tokens, 1, fp8=True),
         gate_up=False,
         token_scales=x_scales,
         scaling=gemm.SCALE_OF_TOKEN,
@@ -375,7 +392,7 @@ def test_weights_of_a_shared_expert_enter_the_fp8_gemm_so_too(cut: tuple[int, ..
     values = torch.empty(intermediate, padded(intermediate), dtype=torch.float8_e4m3fn, device="cuda")
     x_scales = torch.empty(intermediate, device="cuda")
     out = torch.full((intermediate, hidden), torch.nan, device="cuda")
-    fp8.enter_rows(ones, None, None, values, x_scales)
+    fp8.enter_rows(ones, values, x_scales)
     config, named = GemmConfig(*cut, fp8=True), {"token_scales": x_scales, "scaling": gemm.SCALE_OF_TOKEN}
     assert refusal(config, GemmProblem(hidden, intermediate, intermediate)) is None
     gemm.run_half(values, down, hidden, scale, out, config, gate_up=False, row_amax=row_amax, **named)

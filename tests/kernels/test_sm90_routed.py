@@ -62,24 +62,22 @@ def test_blocks_that_cannot_keep_their_rows_are_not_asked_to() -> None:
 
 def test_every_cut_is_legal_and_reached() -> None:
     for hidden, intermediate in SHAPES.values():
-        for _, config in grouped._CONFIGS:
-            for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
-                for cut in (config, replace(config, fp8=True)):
-                    assert config_is_legal(cut, GemmProblem(rows, columns, 4096)) and cut.parts == 1
-    assert [grouped.config_of(slots, 256, "bf16").tokens for slots in (1, 2048, 2049, 8192, 8193)] == [
-        32,
-        32,
-        64,
-        64,
-        128,
-    ]
+        for mode in ("bf16", "fp8"):
+            for _, config in grouped.configs_of(mode):
+                for rows, columns in ((2 * intermediate, hidden), (hidden, intermediate)):
+                    assert config_is_legal(config, GemmProblem(rows, columns, 4096)) and config.parts == 1
+                    assert config.fp8 == (mode == "fp8")
+    for mode in ("bf16", "fp8"):
+        tokens = [grouped.config_of(slots, 256, mode).tokens for slots in (1, 2048, 2049, 8192, 8193)]
+        assert tokens == [32, 32, 64, 64, 128]
 
 
 def test_neither_the_rule_nor_tuning_takes_a_cut_that_is_for_routed_experts() -> None:
     found = list(legal_configs(GemmProblem(4096, 4096, 4096)))
     assert {config.tokens for config in found} == set(TOKENS)
     assert {config.strips for config in found} == {1} and {config.fp8 for config in found} == {False}
-    assert [config for _, config in grouped._CONFIGS if config not in found] == [grouped._CONFIGS[-1][1]]
+    ours = [config for _, config in grouped.configs_of("bf16")]
+    assert [config for config in ours if config not in found] == ours[-1:]
 
 
 @pytest.mark.parametrize("mode", ["bf16", "fp8", *ACTIVATION_SCALES])

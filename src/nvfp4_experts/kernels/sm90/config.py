@@ -22,7 +22,8 @@ ROW_GROUPS, COLUMN_GROUPS, TOKENS, SPLITS = (1, 2, 3, 4), (1, 2, 3, 4), (32, 64,
 MAX_STAGES, MIN_STAGES = 6, 2
 SHARED_BYTES, RESERVED_BYTES = 232448, 8192  # what a block may have; of it for barriers, amax and alignment
 _REGISTERS = {1: 232, 2: 232, 3: 152, 4: 112}  # of a consumer thread, by warpgroups, after the producer gave up its own
-_OTHER_REGISTERS = 32 + 40  # beside the accumulators: decoded weights of two chunks, and the rest
+# Beside the accumulators, by fp8: decoded weights of two chunks, and the rest.
+_OTHER_REGISTERS = {False: 32 + 40, True: 16 + 32}
 _WARPS = 4  # of a warpgroup, each of ROWS rows
 
 
@@ -145,7 +146,7 @@ def refusal(config: GemmConfig, problem: GemmProblem) -> str | None:
         return f"{config.sum_bytes} bytes of sums must fit in shared memory"
     if config.strips > 1 and config.parts > 1:
         return f"{config.strips} strips must be one part, not {config.parts}"
-    needed = config.strips * config.tokens // 2 + _OTHER_REGISTERS
+    needed = config.strips * config.tokens // 2 + _OTHER_REGISTERS[config.fp8]
     if needed > config.registers:
         return f"{needed} registers must fit in the {config.registers} of {config.warpgroups} warpgroups"
     stages = -(-problem.chunks // config.stage_chunks)

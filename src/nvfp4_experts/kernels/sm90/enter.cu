@@ -43,5 +43,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     global_scales_of_amax(largest_of_block(largest_of(from, pieces, threadIdx.x, THREADS)), g, s);
     if (blockIdx.y == 0 && threadIdx.x == 0) scales[row] = s;
 #endif
-    write_quantized(from, v, pieces, g, s, values + (size_t)row * pieces);
+    uint4* to = values + (size_t)row * pieces;
+    quantize_pieces(from, v, pieces, g, s, [=](int i, uint4 piece) { to[i] = piece; });
 }

@@ -33,18 +33,22 @@ __device__ __forceinline__ u32 largest_of(const Element* x, long long pieces, lo
     return largest;
 }
 
-// The row `to` of values, quantised with the global scales g and s; v: this thread's first piece of `from`, loaded before
-// the scales were known.
-__device__ __forceinline__ void write_quantized(const Element* from, float (&v)[VALUES], int pieces, float g, float s,
-                                                uint4* to) {
+__device__ __forceinline__ uint4 bf16_of(const float (&v)[VALUES]) {
+    return make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
+}
+
+// A row quantised with the global scales g and s, piece by piece: write(i, piece). v: this thread's first of `from`, loaded
+// before the scales were known.
+template <class Write>
+__device__ __forceinline__ void quantize_pieces(const Element* from, float (&v)[VALUES], int pieces, float g, float s,
+                                                Write write) {
     const int lane = threadIdx.x % 32;
     for (int i = blockIdx.y * THREADS + threadIdx.x; i - lane < pieces;) {  // the same for all of a warp
         const u32 mine = amax_of(v);
         const BlockScale block = block_scale(max(mine, __shfl_xor_sync(~0u, mine, 1)), g, s);
 #pragma unroll
         for (int e = 0; e < VALUES; e++) v[e] = quantize_value(v[e], block);
-        if (i < pieces)
-            to[i] = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
+        if (i < pieces) write(i, bf16_of(v));
         i += gridDim.y * THREADS;
         if (i < pieces) load8(from + i * VALUES, v);
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations of routed experts in front of gemm.cu: row r, of the expert expert_of_row[r], is row gather[r] of x, or r
-// where there is no such list; counts[1] of them. As bf16, or as NVFP4 values a = e2m1(x / scales) * block scale, exact in
-// bf16; formats/activations.py says how, bit for bit.
+// Activations of routed experts in front of gemm.cu. Row t of x is read once and written for each of its slots, to the rows
+// row_of_slot[t * top_k ..] (-1: of no expert here); without such a list, to row t, of counts[1] rows. As bf16, or as NVFP4
+// values a = e2m1(x / scales) * block scale, exact in bf16; formats/activations.py says how, bit for bit.
 //
 // Why rows are copied, and not gathered on their way into the tensor cores: docs/decisions.md.
 //
@@ -19,6 +19,7 @@
 #define OF_EXPERT 4
 
 #include "enter.cuh"
+#include "slots.cuh"
 
 // amax (experts,): of the rows of each; zero at first.
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -32,39 +33,53 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (threadIdx.x == 0) atomicMax(amax + __ldcg(expert_of_row + row), largest);
 }
 
-// static_scale (experts,): STATIC; amax: (THREADS,) partials of OF_ALL, (experts,) of OF_EXPERT. scales: what values are in
-// units of: (), (rows,) or (experts,); STATIC: not written.
+// static_scale (experts,): STATIC; amax: (THREADS,) partials of OF_ALL, (experts,) of OF_EXPERT, whose rows are x's own.
+// scales: what values are in units of: (), (rows,) or (experts,); STATIC: not written. top_k: 1 without row_of_slot.
 extern "C" __global__ void __launch_bounds__(THREADS)
     enter_rows(const Element* __restrict__ x, int columns, const int* __restrict__ counts,
-               const int* __restrict__ expert_of_row, const int* __restrict__ gather, const float* __restrict__ static_scale,
-               const u32* __restrict__ amax, float* __restrict__ scales, uint4* __restrict__ values) {
+               const int* __restrict__ expert_of_row, const int* __restrict__ row_of_slot, int top_k,
+               const float* __restrict__ static_scale, const u32* __restrict__ amax, float* __restrict__ scales,
+               uint4* __restrict__ values) {
     let_next_launch_begin();
     wait_for_launch_before();
-    const int row = blockIdx.x, pieces = columns / VALUES, i = blockIdx.y * THREADS + threadIdx.x;
-    if (row >= __ldcg(counts + 1)) return;
-    const Element* from = x + (size_t)(gather ? __ldcg(gather + row) : row) * columns;
-    uint4* to = values + (size_t)row * pieces;
+    const int row = blockIdx.x, pieces = columns / VALUES, first = blockIdx.y * THREADS + threadIdx.x;
+    if (!row_of_slot && row >= __ldcg(counts + 1)) return;
+    const Element* from = x + (size_t)row * columns;
+    const Slots slots = slots_of(row_of_slot, top_k, row);
+    const bool writes = blockIdx.y == 0 && threadIdx.x == 0;
+    auto write_all = [=](int i, uint4 piece) { slots.each([=](int to) { values[(size_t)to * pieces + i] = piece; }); };
     float v[VALUES] = {};
-    if (i < pieces) load8(from + i * VALUES, v);  // while the scales are on their way
+    if (first < pieces) load8(from + first * VALUES, v);  // while the scales are on their way
 #if SCALE == NONE
-    if (i < pieces)
-        to[i] = make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]), bf16_pair(v[6], v[7]));
+    if (first < pieces) write_all(first, bf16_of(v));
+#elif SCALE == STATIC
+    slots.each_few([&](const int(&rows)[FEW_SLOTS]) {
+        float s[FEW_SLOTS];
+#pragma unroll
+        for (int n = 0; n < FEW_SLOTS; n++) s[n] = rows[n] >= 0 ? __ldcg(static_scale + __ldcg(expert_of_row + rows[n])) : 0.0f;
+#pragma unroll
+        for (int n = 0; n < FEW_SLOTS; n++) {
+            if (rows[n] < 0) continue;
+            float copy[VALUES];
+#pragma unroll
+            for (int e = 0; e < VALUES; e++) copy[e] = v[e];
+            uint4* to = values + (size_t)rows[n] * pieces;
+            quantize_pieces(from, copy, pieces, __frcp_rn(s[n]), s[n], [=](int i, uint4 piece) { to[i] = piece; });
+        }
+    });
 #else
     float g, s;
-    const bool writes = blockIdx.y == 0 && threadIdx.x == 0;
-#if SCALE == STATIC
-    s = __ldcg(static_scale + __ldcg(expert_of_row + row)), g = __frcp_rn(s);
-#elif SCALE == OF_ALL
+#if SCALE == OF_ALL
     global_scales_of_amax(largest_of_block(__ldcg(amax + threadIdx.x)), g, s);
     if (row == 0 && writes) *scales = s;
 #elif SCALE == OF_ROW
     global_scales_of_amax(largest_of_block(largest_of(from, pieces, threadIdx.x, THREADS)), g, s);
-    if (writes) scales[row] = s;
+    if (writes) slots.each([=](int to) { scales[to] = s; });
 #else
     const int expert = __ldcg(expert_of_row + row);
     global_scales_of_amax(__ldcg(amax + expert), g, s);
     if (writes) scales[expert] = s;  // all rows of an expert write the same
 #endif
-    write_quantized(from, v, pieces, g, s, to);
+    quantize_pieces(from, v, pieces, g, s, write_all);
 #endif
 }

@@ -2,7 +2,7 @@
 // What surrounds the FP8 GEMMs: rows to e4m3 with a scale each, as quantize_fp8_rows of formats/activations.py does it.
 //
 //   quantize_rows_*   of x, byte for byte                                        floor: x read once, 1 byte written
-//   enter_rows_*      the same in front of gemm.cu                               floor: likewise
+//   enter_rows_*      the same in front of gemm.cu, for each slot of a row       floor: x read once, 1 byte written a slot
 //   swiglu_quantize   of h = silu(min(gate, L)) * clamp(up, -L, L) in fp32       floor: 4 bytes read, 1 written per h
 //
 // A block of threads takes a row and reads it once: a thread keeps KEPT vectors of 8 values while the largest is found.
@@ -11,6 +11,7 @@
 #include "common.cuh"
 #include "async.cuh"
 #include "e4m3.cuh"
+#include "slots.cuh"
 
 constexpr int KEPT = 4, MOST_THREADS = 1024;
 
@@ -87,10 +88,34 @@ __device__ __forceinline__ void store_transposed(unsigned char* values, int vect
     to[0] = words.x, to[4] = words.y;
 }
 
-// TRANSPOSED: in that order, with zeros up to a multiple of 64 columns.
-template <bool TRANSPOSED = false, class Row>
-__device__ __forceinline__ void quantize_row(const Row& row, int columns, unsigned char* values, float* scale) {
-    const int vectors = columns / 8, stored = TRANSPOSED ? (vectors + 7) / 8 * 8 : vectors, again = KEPT * blockDim.x;
+// Where a row goes: to one row, byte for byte.
+struct ToRow {
+    static constexpr int MULTIPLE = 1;  // of vectors that are stored
+    unsigned char* values;
+    float* scale;
+    __device__ __forceinline__ void put_scale(float s) const { *scale = s; }
+    __device__ __forceinline__ void put(int vector, uint2 words) const { reinterpret_cast<uint2*>(values)[vector] = words; }
+};
+
+// To the rows of its slots in that order, with zeros up to a multiple of 64 columns.
+struct ToSlots {
+    static constexpr int MULTIPLE = 8;
+    unsigned char* values;
+    float* scales;
+    Slots slots;
+    int columns;
+    __device__ __forceinline__ void put_scale(float s) const {
+        slots.each([=](int to) { scales[to] = s; });
+    }
+    __device__ __forceinline__ void put(int vector, uint2 words) const {
+        slots.each([=](int to) { store_transposed(values + (size_t)to * columns, vector, words); });
+    }
+};
+
+template <class Row, class To>
+__device__ __forceinline__ void quantize_row(const Row& row, int columns, const To& to) {
+    const int vectors = columns / 8, again = KEPT * blockDim.x;
+    const int stored = (vectors + To::MULTIPLE - 1) / To::MULTIPLE * To::MULTIPLE;
     typename Row::Loaded loaded[KEPT];
 #pragma unroll
     for (int i = 0; i < KEPT; i++) loaded[i] = row.load(min((int)(threadIdx.x + i * blockDim.x), vectors - 1));
@@ -105,16 +130,13 @@ __device__ __forceinline__ void quantize_row(const Row& row, int columns, unsign
         largest = largest_of(largest, row.values(row.load(vector)));
 
     const float amax = amax_or_floor(__uint_as_float(largest_of_block(largest))), inverse = __fdiv_rn(448.0f, amax);
-    if (threadIdx.x == 0) *scale = __fdiv_rn(amax, 448.0f);
+    if (threadIdx.x == 0) to.put_scale(__fdiv_rn(amax, 448.0f));
     auto write = [&](int vector, Eight v) {
 #pragma unroll
         for (int i = 0; i < 8; i++) v.value[i] = __fmul_rn(v.value[i], inverse);
         const u32 low = e4m3_quad(v.value[0], v.value[1], v.value[2], v.value[3]);
         const u32 high = e4m3_quad(v.value[4], v.value[5], v.value[6], v.value[7]);
-        if (TRANSPOSED)
-            store_transposed(values, vector, vector < vectors ? make_uint2(low, high) : make_uint2(0, 0));
-        else
-            reinterpret_cast<uint2*>(values)[vector] = make_uint2(low, high);
+        to.put(vector, vector < vectors ? make_uint2(low, high) : make_uint2(0, 0));
     };
 #pragma unroll
     for (int i = 0; i < KEPT; i++) {
@@ -131,7 +153,7 @@ __device__ __forceinline__ void quantize_rows(const Element* x, int columns, uns
     let_next_launch_begin();
     wait_for_launch_before();
     const size_t first = (size_t)blockIdx.x * columns;
-    quantize_row(RowOfX<Element>{x + first}, columns, values + first, scales + blockIdx.x);
+    quantize_row(RowOfX<Element>{x + first}, columns, ToRow{values + first, scales + blockIdx.x});
 }
 
 #define QUANTIZE_ROWS(name, Element)                                               \
@@ -143,24 +165,24 @@ QUANTIZE_ROWS(quantize_rows_bf16, BFloat16)
 QUANTIZE_ROWS(quantize_rows_fp16, Float16)
 QUANTIZE_ROWS(quantize_rows_fp32, Float32)
 
-// Row r of values (.., columns up to a multiple of 64) is row gather[r] of x, or r where there is no such list; rows: how
-// many, or null where all are. One block a row.
+// x (T, columns) -> values (.., columns up to a multiple of 64): row t to the rows row_of_slot[t * top_k ..]; without such a
+// list to row t, of *count rows, or all where that is null. One block a row.
 template <class Element>
-__device__ __forceinline__ void enter_rows(const Element* x, int columns, const int* rows, const int* gather,
+__device__ __forceinline__ void enter_rows(const Element* x, int columns, const int* count, const int* row_of_slot, int top_k,
                                            unsigned char* values, float* scales) {
     let_next_launch_begin();
     wait_for_launch_before();
-    const int row = blockIdx.x, count = rows ? __ldcg(rows) : gridDim.x;
-    const size_t from = gather ? __ldcg(gather + row) : row;  // asked for together: one wait for both
-    if (row >= count) return;
-    unsigned char* to = values + (size_t)row * ((columns + 63) / 64 * 64);
-    quantize_row<true>(RowOfX<Element>{x + from * columns}, columns, to, scales + row);
+    const int row = blockIdx.x;
+    if (!row_of_slot && count && row >= __ldcg(count)) return;
+    quantize_row(RowOfX<Element>{x + (size_t)row * columns}, columns,
+                 ToSlots{values, scales, slots_of(row_of_slot, top_k, row), (columns + 63) / 64 * 64});
 }
 
-#define ENTER_ROWS(name, Element)                                                                             \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                \
-        name(const Element* x, int columns, const int* rows, const int* gather, unsigned char* values, float* scales) { \
-        enter_rows(x, columns, rows, gather, values, scales);                                                 \
+#define ENTER_ROWS(name, Element)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                                        \
+        name(const Element* x, int columns, const int* count, const int* row_of_slot, int top_k, unsigned char* values, \
+             float* scales) {                                                                                         \
+        enter_rows(x, columns, count, row_of_slot, top_k, values, scales);                                             \
     }
 ENTER_ROWS(enter_rows_bf16, BFloat16)
 ENTER_ROWS(enter_rows_fp16, Float16)
@@ -172,6 +194,6 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS)
     let_next_launch_begin();
     wait_for_launch_before();
     const size_t first = (size_t)blockIdx.x * columns;
-    quantize_row(RowOfH{gate_up + 2 * first, gate_up + 2 * first + columns, limit}, columns, values + first,
-                 scales + blockIdx.x);
+    quantize_row(RowOfH{gate_up + 2 * first, gate_up + 2 * first + columns, limit}, columns,
+                 ToRow{values + first, scales + blockIdx.x});
 }

@@ -88,9 +88,9 @@ def _few(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -
     values, h, h_values, scales = carve(x.device, *_scratch_of_few(hidden, size, tokens))
 
     half = functools.partial(gemm.run_half, token_scales=scales, scaling=gemm.SCALE_OF_TOKEN)
-    enter_rows(x, None, None, values, scales)
+    enter_rows(x, values, scales)
     half(values, gate_up, 2 * size, global_scales, h, first, gate_up=True, limit=call.clamp, row_amax=row_amax)
-    enter_rows(h, None, None, h_values, scales)
+    enter_rows(h, h_values, scales)
     half(h_values, down, hidden, down_global_scale, out, second, gate_up=False, row_amax=down_row_amax)
 
 
@@ -156,16 +156,21 @@ def quantize_rows(x: Tensor, values: Tensor, scales: Tensor) -> None:
     launch_kernel(kernel, (x.shape[0],), _threads(x.shape[1]), x, np.int32(x.shape[1]), values, scales)
 
 
-def enter_rows(x: Tensor, rows: Tensor | None, gather: Tensor | None, values: Tensor, scales: Tensor) -> None:
-    """As `quantize_rows`, row gather[r] of x for row r (None: r), in the order of layouts/e4m3_fragments.py.
+def enter_rows(
+    x: Tensor, values: Tensor, scales: Tensor, *, count: Tensor | None = None, row_of_slot: Tensor | None = None
+) -> None:
+    """As `quantize_rows`, in the order of layouts/e4m3_fragments.py, to the rows of each token's slots.
 
     Args:
-        rows: (1,) int32: how many, at most len(values); None: all.
         values: (R, K up to a multiple of 64) e4m3, zero where x has no column.
+        count: (1,) int32: how many rows of x, without row_of_slot; None: all.
+        row_of_slot: (T * top_k,) int32: where the rows of token 0 go, of token 1, ..; -1: nowhere; None: to row t.
     """
     kernel = _kernel(_ENTER_ROWS[x.dtype], x.device)
     threads = _threads(values.shape[1])
-    launch_kernel(kernel, (len(values),), threads, x, np.int32(x.shape[1]), rows, gather, values, scales)
+    top_k = 1 if row_of_slot is None else len(row_of_slot) // len(x)
+    sizes = np.int32(x.shape[1]), np.int32(top_k)
+    launch_kernel(kernel, (len(x),), threads, x, sizes[0], count, row_of_slot, sizes[1], values, scales)
 
 
 def prepare_rows(device: torch.device) -> None:

@@ -63,10 +63,9 @@ __device__ __forceinline__ void each_slot(const Index* indices, int slots, int e
 
 // counts: [0] tiles, [1] rows. weights: of slots. amax (experts,): set to zero; or null.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    group_slots(const Index* __restrict__ indices, const float* __restrict__ weights, int slots, int top_k, int experts,
+    group_slots(const Index* __restrict__ indices, const float* __restrict__ weights, int slots, int experts,
                 int tile_rows, int* __restrict__ counts, int4* __restrict__ tiles, int* __restrict__ row_of_slot,
-                int* __restrict__ token_of_row, int* __restrict__ expert_of_row, float* __restrict__ weight_of_row,
-                u32* __restrict__ amax) {
+                int* __restrict__ expert_of_row, float* __restrict__ weight_of_row, u32* __restrict__ amax) {
     extern __shared__ int next_row[];  // of each expert; first, how many rows it has
     let_next_launch_begin();
     for (int i = threadIdx.x; i < experts; i += THREADS) next_row[i] = 0;
@@ -98,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (expert % gridDim.x != blockIdx.x) return;
             const int row = atomicAdd(&next_row[expert], 1);
             row_of_slot[slot] = row;
-            token_of_row[row] = slot / top_k, expert_of_row[row] = expert, weight_of_row[row] = __ldcg(weights + slot);
+            expert_of_row[row] = expert, weight_of_row[row] = __ldcg(weights + slot);
         },
         [&](int slot) {
             if (blockIdx.x == 0) row_of_slot[slot] = -1;

@@ -49,8 +49,12 @@ _GROUP_THREADS, _COMBINE_THREADS = 1024, 256  # THREADS of group.cu and combine.
 _FEW_SLOTS, _GROUP_BLOCKS = 1024, 16  # group.cu: up to how many slots by one block; else by how many
 # Up to how many slots an expert has on average a configuration runs; one part each.
 _CONFIGS = ((8, GemmConfig(4, 1, 32, 1)), (32, GemmConfig(4, 1, 64, 1)), (None, GemmConfig(2, 1, 128, 1, strips=2)))
+_FP8_CONFIGS = (
+    *((most, replace(config, fp8=True)) for most, config in _CONFIGS[:-1]),
+    (None, GemmConfig(4, 1, 128, 1, fp8=True)),  # half of the decoded words in registers: four warpgroups fit
+)
 # What group.cu makes, in its order.
-_LISTS = ("counts", "tiles", "row_of_slot", "token_of_row", "expert_of_row", "weight_of_row")
+_LISTS = ("counts", "tiles", "row_of_slot", "expert_of_row", "weight_of_row")
 # SCALE of enter_rows.cu by mode, and whose scale it then is for gemm.cu.
 _NONE, _STATIC, _OF_ALL, _OF_ROW, _OF_EXPERT = range(5)
 _OF_X = {"bf16": _NONE, "static": _STATIC, "dynamic": _OF_ALL, "per_token": _OF_ROW}
@@ -78,7 +82,7 @@ def routed_experts(
     _group(routing, experts, config.tokens, made)
     before, weights_of_rows = routing.weighting == "before_down", made["weight_of_row"]
 
-    scale = _enter(x, mode, call.input_scale, made, made["token_of_row"], made["values"])
+    scale = _enter(x, mode, call.input_scale, made, made["row_of_slot"], made["values"])
     run_half(
         made["values"],
         gate_up,
@@ -121,8 +125,12 @@ def mode_of(call: Call) -> str:
 
 def config_of(slots: int, experts: int, mode: str) -> GemmConfig:
     """How both halves are cut for a number of slots, by how many an expert has on average."""
-    config = next(config for most, config in _CONFIGS if most is None or slots <= most * experts)
-    return replace(config, fp8=mode == "fp8")
+    return next(config for most, config in configs_of(mode) if most is None or slots <= most * experts)
+
+
+def configs_of(mode: str) -> tuple[tuple[int | None, GemmConfig], ...]:
+    """Up to how many slots of an expert on average, and how both halves are then cut."""
+    return _FP8_CONFIGS if mode == "fp8" else _CONFIGS
 
 
 def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int, top_k: int) -> dict[str, Part]:
@@ -134,7 +142,6 @@ def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int
         "counts": ((2,), torch.int32),
         "tiles": ((slots // config_of(slots, experts, mode).tokens + min(slots, experts), 4), torch.int32),
         "row_of_slot": ((slots,), torch.int32),
-        "token_of_row": ((slots,), torch.int32),
         "expert_of_row": ((slots,), torch.int32),
         "weight_of_row": ((slots,), torch.float32),
         "values": ((slots, of_x), values),
@@ -150,14 +157,14 @@ def scratch(mode: str, hidden: int, intermediate: int, experts: int, tokens: int
 
 def prepare(experts: int, modes: tuple[str, ...], max_slots: int, device: torch.device) -> None:
     """Compile and load what `routed_experts` runs for bf16 hidden states, up to a number of slots."""
-    begins = (0, *(most * experts for most, _ in _CONFIGS if most is not None))
-    configs = {config for begin, (_, config) in zip(begins, _CONFIGS, strict=True) if begin < max_slots}
     gemms = []
-    for config in sorted(configs):
-        for mode in modes:
-            h = {"bf16": BF16, "fp8": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
-            cut = replace(config, fp8=mode == "fp8")
-            gemms += [(cut, True, h), (cut, False, OUT[torch.float32])]
+    for mode in modes:
+        h = {"bf16": BF16, "fp8": BF16, "static": NVFP4}.get(mode, OUT[torch.float32])
+        begin = 0
+        for most, config in configs_of(mode):
+            if begin < max_slots:
+                gemms += [(config, True, h), (config, False, OUT[torch.float32])]
+            begin = (most or 0) * experts
     compile_all(("gemm.cu", macros_of(*of, grouped=True)) for of in gemms)
     for of in gemms:
         gemm_kernel(*of, device, grouped=True)
@@ -186,7 +193,7 @@ def _group(routing: Routing, experts: int, tile_rows: int, made: dict[str, Tenso
         _GROUP_THREADS,
         indices,
         routing.weights,
-        *map(np.int32, (indices.numel(), indices.shape[1], experts, tile_rows)),
+        *map(np.int32, (indices.numel(), experts, tile_rows)),
         *(made[name] for name in _LISTS),
         made.get("amax"),
         shared_bytes=4 * experts,
@@ -199,15 +206,15 @@ def _scaling(of: dict[str, int], mode: str) -> int:
 
 
 def _enter(
-    x: Tensor, mode: str, static: Tensor | None, made: dict[str, Tensor], gather: Tensor | None, values: Tensor
+    x: Tensor, mode: str, static: Tensor | None, made: dict[str, Tensor], row_of_slot: Tensor | None, values: Tensor
 ) -> Tensor | None:
-    """Rows of x (gather[r] for row r), or of h (None: r), to values; returns their scale, None for none."""
+    """x to the rows of its slots, or h (None) to its own, in values; returns their scale, None for none."""
+    rows = len(x)
     if mode == "fp8":
-        fp8.enter_rows(x, made["counts"][1:], gather, values, made["scale"])
+        fp8.enter_rows(x, values, made["scale"], count=made["counts"][1:], row_of_slot=row_of_slot)
         return made["scale"]
-    of = (_OF_H if gather is None else _OF_X)[mode]
+    of = (_OF_H if row_of_slot is None else _OF_X)[mode]
     counts, expert_of_row, columns = made["counts"], made["expert_of_row"], np.int32(x.shape[1])
-    rows = len(expert_of_row)
     amax = made.get("partials" if of == _OF_ALL else "amax")
     if of == _OF_ALL:
         amax_partials(x, made["partials"])
@@ -217,7 +224,8 @@ def _enter(
     scale = static if of == _STATIC else made.get("scale")
     along = 1 if of == _OF_ROW else -(-x.shape[1] // (ENTER_THREADS * ENTER_VALUES))
     kernel = _enter_kernel("enter_rows", of, x.dtype, x.device)
-    lists = counts, expert_of_row, gather
+    top_k = 1 if row_of_slot is None else len(row_of_slot) // rows
+    lists = counts, expert_of_row, row_of_slot, np.int32(top_k)
     launch_kernel(kernel, (rows, along), ENTER_THREADS, x, columns, *lists, scale, amax, scale, values)
     return None if of == _NONE else scale
 
@@ -228,7 +236,7 @@ def combine(rows: Tensor, row_of_slot: Tensor, top_k: int, addend: Tensor | None
     along = -(-hidden // (4 * _COMBINE_THREADS))
     sizes = np.int32(top_k), np.int32(hidden)
     kernel = _combine_kernel(out.dtype, out.device)
-    launch_kernel(kernel, (tokens, along), _COMBINE_THREADS, rows, row_of_slot, addend, *sizes, out)
+    launch_kernel(kernel, (tokens * along,), _COMBINE_THREADS, rows, row_of_slot, addend, *sizes, out)
 
 
 def _group_kernel(indices: torch.dtype, experts: int, device: torch.device) -> Any:
