@@ -190,7 +190,11 @@ def test_a_shared_expert_of_another_format_beside(
     chosen = on_gpu(draw_routing(tokens, K, experts=E))
     parts = [part(x, *more, out=torch.empty(x.shape, device="cuda")) for part, more in ((routed, chosen), (shared, ()))]
     got = routed.with_shared(x, *chosen, shared, torch.empty(x.shape, device="cuda"))
-    assert torch.equal(got, parts[0] + parts[1])
+    # Alone, few tokens with bf16 are one launch; here they are grouped, and sums have another order.
+    in_one_launch = mode[0] == "bf16" and tokens == 4
+    apart = 2 * against_reference("bf16", "sm90", 0, op="routed_experts") if in_one_launch else 0.0
+    want = parts[0] + parts[1]
+    assert (got - want).norm() <= apart * want.norm()
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)

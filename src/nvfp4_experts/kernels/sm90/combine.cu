@@ -8,31 +8,28 @@
 
 #include "common.cuh"
 #include "async.cuh"
-#include "slots.cuh"
 
 constexpr int THREADS = 256;
 
-// rows (.., hidden), addend (tokens, hidden) or null; four columns a thread, gridDim.x / tokens blocks a token.
+// rows (.., hidden), addend (tokens, hidden) or null; four columns a thread.
 extern "C" __global__ void __launch_bounds__(THREADS)
     add_slots(const float4* __restrict__ rows, const int* __restrict__ row_of_slot, const float4* __restrict__ addend,
               int top_k, int hidden, Result* __restrict__ y) {
     let_next_launch_begin();
-    const int pieces = hidden / 4, along = (pieces + THREADS - 1) / THREADS;
-    const int token = blockIdx.x / along, i = blockIdx.x % along * THREADS + threadIdx.x;
+    const int token = blockIdx.x, pieces = hidden / 4, i = blockIdx.y * THREADS + threadIdx.x;
     wait_for_launch_before();
     if (i >= pieces) return;
     float4 sum = {0, 0, 0, 0};
-    auto add = [&](float4 more) { sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w; };
-    slots_of(row_of_slot, top_k, token).each_few([&](const int(&found)[FEW_SLOTS]) {
-        float4 of_slot[FEW_SLOTS];
-#pragma unroll
-        for (int n = 0; n < FEW_SLOTS; n++)
-            if (found[n] >= 0) of_slot[n] = __ldcg(rows + (size_t)found[n] * pieces + i);
-#pragma unroll
-        for (int n = 0; n < FEW_SLOTS; n++)
-            if (found[n] >= 0) add(of_slot[n]);
-    });
-    if (addend) add(__ldcg(addend + (size_t)token * pieces + i));
+    auto add = [&](const float4* from) {
+        const float4 more = __ldcg(from + i);
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+    };
+#pragma unroll 4
+    for (int slot = 0; slot < top_k; slot++) {
+        const int row = __ldcg(row_of_slot + token * top_k + slot);
+        if (row >= 0) add(rows + (size_t)row * pieces);
+    }
+    if (addend) add(addend + (size_t)token * pieces);
     Result* to = y + ((size_t)token * pieces + i) * 4;
     store(to, sum.x), store(to + 1, sum.y), store(to + 2, sum.z), store(to + 3, sum.w);
 }

@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int row = blockIdx.x, pieces = columns / VALUES, first = blockIdx.y * THREADS + threadIdx.x;
     if (!row_of_slot && row >= __ldcg(counts + 1)) return;
     const Element* from = x + (size_t)row * columns;
-    const Slots slots = slots_of(row_of_slot, top_k, row);
+    const Slots slots(row_of_slot, top_k, row);
     const bool writes = blockIdx.y == 0 && threadIdx.x == 0;
     auto write_all = [=](int i, uint4 piece) { slots.each([=](int to) { values[(size_t)to * pieces + i] = piece; }); };
     float v[VALUES] = {};

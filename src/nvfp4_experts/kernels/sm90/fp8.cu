@@ -175,7 +175,7 @@ __device__ __forceinline__ void enter_rows(const Element* x, int columns, const 
     const int row = blockIdx.x;
     if (!row_of_slot && count && row >= __ldcg(count)) return;
     quantize_row(RowOfX<Element>{x + (size_t)row * columns}, columns,
-                 ToSlots{values, scales, slots_of(row_of_slot, top_k, row), (columns + 63) / 64 * 64});
+                 ToSlots{values, scales, Slots(row_of_slot, top_k, row), (columns + 63) / 64 * 64});
 }
 
 #define ENTER_ROWS(name, Element)                                                                                     \

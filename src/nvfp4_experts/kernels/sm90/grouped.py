@@ -236,7 +236,7 @@ def combine(rows: Tensor, row_of_slot: Tensor, top_k: int, addend: Tensor | None
     along = -(-hidden // (4 * _COMBINE_THREADS))
     sizes = np.int32(top_k), np.int32(hidden)
     kernel = _combine_kernel(out.dtype, out.device)
-    launch_kernel(kernel, (tokens * along,), _COMBINE_THREADS, rows, row_of_slot, addend, *sizes, out)
+    launch_kernel(kernel, (tokens, along), _COMBINE_THREADS, rows, row_of_slot, addend, *sizes, out)
 
 
 def _group_kernel(indices: torch.dtype, experts: int, device: torch.device) -> Any:
