@@ -329,12 +329,13 @@ def test_weights_unpacked_to_fp8(emulator: Emulator) -> None:
         torch.testing.assert_close(scales, want[1], rtol=0, atol=0, equal_nan=True)
 
 
-# tokens, experts, top_k: tiles of 32 rows at most, and of 128 by two strips
-FEW_ROWS, MANY_ROWS = (12, E, 3), (40, 2, 2)
+# tokens, experts, top_k: tiles of 32 rows at most, and of 128; more slots of a token than are asked for at once
+FEW_ROWS, MANY_ROWS, MANY_SLOTS = (12, E, 3), (40, 2, 2), (4, 12, 11)
 BY_EXPERT = [
     *((mode, weighting, FEW_ROWS) for mode, weighting in zip(MODES, WEIGHTINGS * 2, strict=True)),
     *((mode, "before_down", MANY_ROWS) for mode in MODES[:2]),
-    *((FP8, "after_down", sizes) for sizes in (FEW_ROWS, MANY_ROWS)),
+    *((mode, "before_down", MANY_SLOTS) for mode in MODES),
+    *((FP8, "after_down", sizes) for sizes in (FEW_ROWS, MANY_ROWS, MANY_SLOTS)),
 ]
 
 

@@ -72,6 +72,13 @@ OF_KERNELS = (
         "mma_wait<8>();",
         "tests/kernels/test_sm90_emulated.py::test_halves_of_a_shared_expert[(1, 1, 256, 1)-False]",
     ),
+    Mutant(
+        "slots of a token beyond the first eight get the rows of the first",
+        "kernels/sm90/slots.cuh",
+        "ask(first, rows);",
+        "ask(0, rows);",
+        "tests/kernels/test_sm90_emulated.py::test_rows_by_expert",
+    ),
     # kernels
     Mutant(
         "clamp lost",

@@ -36,7 +36,7 @@ class GemmConfig:
         column_groups: warpgroups that take turns along K.
         tokens: of a block.
         split: blocks of a cluster, each with its run of K.
-        strips: of 64 rows, of a warpgroup. This and the next are of routed experts alone, tables do not have them.
+        strips: of 64 rows, of a warpgroup. Of routed experts alone; tables do not have this and the next.
         fp8: activations are e4m3, in place of bf16.
     """
 
