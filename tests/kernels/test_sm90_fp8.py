@@ -342,10 +342,10 @@ def untouched(columns: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [32, 64, 128])
-def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> None:
+@pytest.mark.parametrize("cut", [(4, 1, 32, 1), (4, 1, 64, 1), (4, 1, 128, 1), (2, 1, 128, 1, 2)], ids=str)
+def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(cut: tuple[int, ...]) -> None:
     """Rows with a single 1 pick a column: sums have one term, so results are exact; two experts, ragged sizes."""
-    hidden, intermediate, experts = 272, 144, 2
+    hidden, intermediate, experts, tokens = 272, 144, 2, cut[2]
     stacks = [weights_of(hidden, intermediate, strange=expert == 1) for expert in range(experts)]
     packed = [list(ROUTED.one.pack(*(w.to("cuda") for w in weights)).values()) for weights in stacks]
     down, scales, row_amax = (torch.stack([p[i] for p in packed]) for i in (3, 4, 5))
@@ -366,7 +366,7 @@ def test_weights_enter_the_fp8_gemm_as_the_format_rounds_them(tokens: int) -> No
         hidden,
         scales,
         out,
-        GemmConfig(4, 1, tokens, 1, fp8=True),
+        GemmConfig(*cut, fp8=True),
         gate_up=False,
         token_scales=x_scales,
         scaling=gemm.SCALE_OF_TOKEN,

@@ -46,7 +46,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (!row_of_slot && row >= __ldcg(counts + 1)) return;
     const Element* from = x + (size_t)row * columns;
     const Slots slots(row_of_slot, top_k, row);
-    const bool writes = blockIdx.y == 0 && threadIdx.x == 0;
     auto write_all = [=](int i, uint4 piece) { slots.each([=](int to) { values[(size_t)to * pieces + i] = piece; }); };
     float v[VALUES] = {};
     if (first < pieces) load8(from + first * VALUES, v);  // while the scales are on their way
@@ -68,6 +67,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     });
 #else
+    const bool writes = blockIdx.y == 0 && threadIdx.x == 0;
     float g, s;
 #if SCALE == OF_ALL
     global_scales_of_amax(largest_of_block(__ldcg(amax + threadIdx.x)), g, s);

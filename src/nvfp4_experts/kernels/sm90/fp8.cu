@@ -97,7 +97,7 @@ struct ToRow {
     __device__ __forceinline__ void put(int vector, uint2 words) const { reinterpret_cast<uint2*>(values)[vector] = words; }
 };
 
-// To the rows of its slots in that order, with zeros up to a multiple of 64 columns.
+// To the rows of its slots, in the order of layouts/e4m3_fragments.py, with zeros up to a multiple of 64 columns.
 struct ToSlots {
     static constexpr int MULTIPLE = 8;
     unsigned char* values;
@@ -112,6 +112,7 @@ struct ToSlots {
     }
 };
 
+// row: where the values come from; to: where e4m3 and the scale go.
 template <class Row, class To>
 __device__ __forceinline__ void quantize_row(const Row& row, int columns, const To& to) {
     const int vectors = columns / 8, again = KEPT * blockDim.x;

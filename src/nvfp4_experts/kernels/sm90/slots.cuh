@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rows of a token's slots, as group.cu placed them.
+// Where a row of activations goes in front of gemm.cu: a token's x to a row for each of its slots, as group.cu placed them,
+// or row t of h to row t. For enter_rows.cu and fp8.cu, which read a row once and write it to each of these.
 
 constexpr int FEW_SLOTS = 8;  // whose rows are asked for at once
 
