@@ -109,6 +109,10 @@ inline void cvt_rn_satfinite_e4m3x2_f32(u32& to, float v0, float v1, float v2, f
 }
 inline void cvt_rn_satfinite_e4m3x2_f32(u16& to, float, float low) { to = to_e4m3(low); }
 inline void cvt_rn_f16x2_e4m3x2(u32& to, u16 v) { to = to_half(from_e4m3(v & 255)); }
+inline void cvt_rn_f16x2_e4m3x2(u32& low, u32& high, u32 quad) {
+    auto half = [=](int i) { return (u32)to_half(from_signed_e4m3(quad >> 8 * i & 255)); };
+    low = half(0) | half(1) << 16, high = half(2) | half(3) << 16;
+}
 inline void min_NaN_f32(float& v, float limit) { v = std::isnan(v) ? v : std::min(v, limit); }
 inline void max_NaN_f32(float& v, float limit) { v = std::isnan(v) ? v : std::max(v, limit); }
 inline void ex2_approx_ftz_f32(float& to, float v) { to = std::exp2(v); }
@@ -281,17 +285,22 @@ inline void st_relaxed_gpu_global_v2_u32(u32* to, u32 x, u32 y) {
 inline void red_release_gpu_global_add_u32(u32* to, u32 v) { release(self->warp), *to += v; }
 
 // 16 x 16 times 16 x 8 of the warp, as PTX deals them out.
-inline void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2,
-                                                               u32 a3, u32 b0, u32 b1) {
+inline void mma_of(float (*from)(u32), float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     const auto all = show<6>({a0, a1, a2, a3, b0, b1});
     const int g = lane() / 4, c = lane() % 4;
     float* sums[2][2] = {{&d0, &d1}, {&d2, &d3}};
-    auto value = [](u32 pair, int k) { return from_bf16(k % 2 ? pair >> 16 : pair & 0xFFFF); };
+    auto value = [=](u32 pair, int k) { return from(k % 2 ? pair >> 16 : pair & 0xFFFF); };
     for (int h = 0; h < 2; h++)
         for (int e = 0; e < 2; e++)
             for (int k = 0; k < 16; k++) {
                 const u32 a = all[4 * g + k % 8 / 2][h + k / 8 * 2], b = all[4 * (2 * c + e) + k % 8 / 2][4 + k / 8];
                 *sums[h][e] += value(a, k) * value(b, k);
             }
+}
+template <class... Operands>
+void mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(Operands&&... operands) { mma_of(from_bf16, operands...); }
+template <class... Operands>
+void mma_sync_aligned_m16n8k16_row_col_f32_f16_f16_f32(Operands&&... operands) {
+    mma_of([](u32 v) { return from_half((u16)v); }, operands...);
 }
 }  // namespace ptx

@@ -30,8 +30,8 @@ pytestmark = pytest.mark.slow
 
 HOPPER = Target("cuda", "a Hopper", (9, 0), 132)
 RAGGED = (144, 80)
-BF16, STATIC = 0, 1  # ACTIVATIONS of decode.cu
-MODES = ("bf16", "static", "dynamic")
+BF16, STATIC, E4M3 = 0, 1, 4  # ACTIVATIONS of decode.cu and routed_decode.cu
+MODES = ("bf16", "static", "dynamic", "fp8")
 WORKERS = 2
 
 
@@ -123,7 +123,7 @@ def wanted() -> set[Kernel]:
     """Every kernel of a small layer, x in every dtype; of the big ones those of few tokens, and gemm.cu of two."""
     small = kernels_of(*RAGGED)
     elements = {k.having(ELEMENT=e, RESULT=e) for k in small if k.file == "decode.cu" for e in (0, 1, 2)}
-    big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)}
+    big = {decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC, E4M3)}
     routed = {routed_decode_of(shape, mode) for shape in SHAPES for mode in MODES}
     return small | elements | big | gemms() | routed
 
@@ -209,10 +209,10 @@ def test_building_a_layer_waits_for_the_device_last() -> None:
 def test_every_kernel_compiles(built: dict[Kernel, Built]) -> None:
     decodes = [dict(k.macros) for k in built if k.file == "decode.cu"]
     small = {(m["ACTIVATIONS"], m["ELEMENT"]) for m in decodes if (m["HIDDEN"], m["INTERMEDIATE"]) == RAGGED}
-    assert small == {(activations, element) for activations in range(4) for element in range(3)}
+    assert small == {(activations, element) for activations in range(5) for element in range(3)}
     assert {(m["HIDDEN"], m["INTERMEDIATE"]) for m in decodes} == {RAGGED, *SHAPES.values()}
     routed = [dict(k.macros) for k in built if k.file == "routed_decode.cu" and k.is_for(HIDDEN=RAGGED[0])]
-    assert {m["ACTIVATIONS"] for m in routed} == {0, 1, 2, 3}
+    assert {m["ACTIVATIONS"] for m in routed} == {0, 1, 2, 3, 4}
     failed = {kernel: made.error for kernel, made in built.items() if made.error}
     assert not failed
     for kernel, made in built.items():
@@ -286,7 +286,7 @@ def test_a_slot_of_the_ring_is_given_back_when_what_was_loaded_is_there(
         for one in instructions(built[kernel].cubin, tmp_path):
             for scoreboard in one.waits:
                 under_way.pop(scoreboard, None), before.pop(scoreboard, None)
-            if re.search(r"\bLDS\.(64|128)\b", one.text):
+            if re.search(r"\bLDS\.(U16|64|128)\b", one.text):
                 under_way[one.sets] = one.text
             elif re.match(r"(BRA|EXIT|RET)\b", one.text):
                 under_way, before = {}, {}  # what follows is come to from elsewhere
@@ -300,12 +300,12 @@ def test_a_slot_of_the_ring_is_given_back_when_what_was_loaded_is_there(
 
 def of_few_tokens() -> list[Kernel]:
     """decode.cu and routed_decode.cu of every named shape."""
-    decodes = [decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC)]
+    decodes = [decode_of(shape, activations) for shape in SHAPES for activations in (BF16, STATIC, E4M3)]
     return decodes + [routed_decode_of(shape, mode) for shape in SHAPES for mode in MODES]
 
 
 def test_decode_multiplies_on_tensor_cores_and_copies_in_bulk(built: dict[Kernel, Built]) -> None:
     for kernel in of_few_tokens():
-        ptx = built[kernel].ptx
-        assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx
+        ptx, operands = built[kernel].ptx, "f16" if kernel.is_for(ACTIVATIONS=E4M3) else "bf16"
+        assert f"mma.sync.aligned.m16n8k16.row.col.f32.{operands}.{operands}.f32" in ptx
         assert "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes" in ptx

@@ -79,6 +79,13 @@ OF_KERNELS = (
         "ask(0, rows);",
         "tests/kernels/test_sm90_emulated.py::test_rows_by_expert[('bf16', 'dynamic')-before_down-(4, 12, 11)]",
     ),
+    Mutant(
+        "fp8, few tokens: rows of up are in units of gate's amax",
+        "kernels/sm90/tile.cuh",
+        "gate_up + intermediate + tile * 8",
+        "gate_up + tile * 8",
+        "tests/kernels/test_sm90_emulated.py::test_a_shared_expert[('fp8', 'dynamic')]",
+    ),
     # kernels
     Mutant(
         "clamp lost",

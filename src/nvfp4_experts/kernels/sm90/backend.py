@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,9 @@ class Sm90Backend:
     name = "sm90"
     for_fp8 = False  # what the packed weights are for
     pack_matrix, unpack_matrix = staticmethod(pack_fragments), staticmethod(unpack_fragments)
+    # More tokens than decode.cu takes.
+    prepare_gemms: Callable[[Problem, torch.device, int, torch.dtype], None] = staticmethod(gemm.prepare)
+    by_gemms: Callable[[Tensor, list[Tensor], Call, int, Tensor], None] = staticmethod(gemm.shared_expert)
     over_shards = OverShards
 
     def refusal(self, problem: Problem) -> str | None:
@@ -97,7 +100,7 @@ class Sm90Backend:
         compile_all(("decode.cu", _decode_macros(*kind)) for kind in kinds)
         for kind in kinds:
             _decode_kernel(*kind, device)
-        gemm.prepare(problem, device, max_tokens, result)
+        self.prepare_gemms(problem, device, max_tokens, result)
 
     def prepare_mailboxes(self, problem: Problem, device: torch.device) -> None:
         """Make what blocks of one launch hand each other words through."""
@@ -126,11 +129,11 @@ class Sm90Backend:
     def launch(self, x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
         """x (T, H) to out (T, H), both aligned to 16 bytes, on the current device."""
         few = len(x) <= decode_limit(x.shape[1], size, target_of(x.device))
-        (decode if few else gemm.shared_expert)(x, weights, call, size, out)
+        (decode if few else self.by_gemms)(x, weights, call, size, out)
 
 
 def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor) -> None:
-    """The whole layer by decode.cu, x (T, H) to out (T, H), T at most DECODE_LIMIT; not for "fp8"."""
+    """The whole layer by decode.cu, x (T, H) to out (T, H), T at most DECODE_LIMIT."""
     from cuda.core import LaunchConfig, launch
 
     mode = call.activation_scale if call.activations == "nvfp4" else call.activations
@@ -156,6 +159,7 @@ def decode(x: Tensor, weights: list[Tensor], call: Call, size: int, out: Tensor)
         np.float32(call.clamp),
         mailboxes(x.device, decode_box(x.shape[1], size)).current().data_ptr(),
         out.data_ptr(),
+        *(weights[index].data_ptr() for index in (2, 5)),
     )
 
 

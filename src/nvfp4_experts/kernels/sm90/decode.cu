@@ -10,14 +10,16 @@
 // One persistent block per multiprocessor, as tile.cuh says; its ring runs ahead across the hand-over too.
 //
 // Blocks hand each other words through a mailbox in device memory, where NOT_YET says that a word has not come: h, and
-// with NVFP4 activations the values of x, of which every block makes a share; of one token alone every block makes all,
+// with NVFP4 and FP8 activations the values of x, of which every block makes a share; of one token alone every block makes all,
 // which takes less than handing over. A reader asks until the word is another; that is the whole hand-over, and L2 begins
 // with what is there. Launches use the two boxes in turn and empty the other.
 //
 // Floor: 0.5625 bytes * 3 HI read. bf16 holds exactly: code * 2^-126 (its bits, moved), block scale * 2^119 (its bits,
-// moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact.
+// moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact. FP8:
+// weights are as layouts/e4m3_fragments.py packs them, and become e4m3 in units of their row's amax / 448; both operands are
+// multiplied as fp16, which holds them exactly.
 //
-// Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token),
+// Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token, 4 e4m3),
 // ELEMENT and RESULT (of x, of y: 0 bf16, 1 fp16, 2 fp32), STAGES, SHARED_BYTES, MAILBOX_BYTES.
 
 #include "common.cuh"
@@ -86,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     shared_expert_decode(const Element* __restrict__ x, int tokens, const unsigned char* __restrict__ gate_up,
                          const float* __restrict__ gate_up_scales, const unsigned char* __restrict__ down,
                          const float* __restrict__ down_scale, const float* __restrict__ input_scale,
-                         const float* __restrict__ hidden_scale, float limit, Mailbox* mailbox, Result* __restrict__ y) {
+                         const float* __restrict__ hidden_scale, float limit, Mailbox* mailbox, Result* __restrict__ y,
+                         const BFloat16* __restrict__ gate_up_amax, const BFloat16* __restrict__ down_amax) {
     extern __shared__ __align__(128) unsigned char memory[];
     Shared& shared = *reinterpret_cast<Shared*>(memory);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // so the compiler knows it is one
@@ -97,6 +100,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         barrier_init(shared_address(&shared.has_x), 1);
         barriers_are_made();
     }
+    auto of_l1 = [=](int tile) { return amax_of_l1(gate_up_amax, INTERMEDIATE, tile); };  // E4M3
+    auto of_l2 = [=](int tile) { return amax_of_l2(down_amax, tile); };
     if (threadIdx.x < 2 * TOKENS) shared.amax[threadIdx.x / TOKENS][threadIdx.x % TOKENS] = 0;
     __syncthreads();
     // Weights do not depend on what ran before; everything else may, so all but the producer wait for it.
@@ -108,9 +113,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
             for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x)
-                produce_tile<L1>(gate_up + (size_t)tile * L1::tile_bytes, shared.pipeline, ring);
+                produce_tile<L1>(gate_up + (size_t)tile * L1::tile_bytes, of_l1(tile), shared.pipeline, ring);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                produce_tile<L2>(down + (size_t)tile * L2::tile_bytes, shared.pipeline, ring);
+                produce_tile<L2>(down + (size_t)tile * L2::tile_bytes, of_l2(tile), shared.pipeline, ring);
         } else if (warp == COPIER && lane == 0 && is_alone(tokens)) {
             copy_x(x, shared);
         } else if (warp == REDUCER) {
@@ -127,18 +132,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             if (ACTIVATIONS == STATIC) global_scales(0, static_scale_at(hidden_scale), encode, decode);
             Ring<2> partial;
             for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x) {
+                const float2 units = units_of(of_l1(tile));
                 const float4 sum = reduce_tile(shared.pipeline, partial);
                 partial.next();
                 float h[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const float scale = shared.token_scale[0][token + i];
-                    const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
+                    const float gate = (i ? sum.y : sum.x) * units.x, up = (i ? sum.w : sum.z) * units.y;
                     h[i] = swiglu(gate * (scale * gate_scale), up * (scale * up_scale), limit);
                 }
                 post_h(tile, tokens, h, encode, decode, box);
             }
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x) {
+                const float2 units = units_of(of_l2(tile));
                 const float4 sum = reduce_tile(shared.pipeline, partial);
                 partial.next();
 #pragma unroll
@@ -146,8 +153,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     if (token + i >= tokens) break;
                     const float scale = shared.token_scale[1][token + i] * scale_of_down;
                     Result* to = y + (size_t)(token + i) * HIDDEN + tile * 16 + row;
-                    store(to, (i ? sum.y : sum.x) * UNPACKED * scale);
-                    store(to + 8, (i ? sum.w : sum.z) * UNPACKED * scale);
+                    store(to, (i ? sum.y : sum.x) * units.x * scale);
+                    store(to + 8, (i ? sum.w : sum.z) * units.y * scale);
                 }
             }
             if (blockIdx.x == 0 && lane == 0) mailbox->launches = number + 1;
@@ -155,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
         const float static_scale = static_scale_at(input_scale), hidden_static_scale = static_scale_at(hidden_scale);
-        const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
+        Decoder decoder(shared.pipeline);
         Reader reader;
         Ring<2> partial;
         auto find_box = [&]() -> Box& {
@@ -190,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #endif
             keep_token_scales<0>(static_scale, shared);
             for (int tile = blockIdx.x; tile < L1::tiles; tile += gridDim.x)
-                consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, [&](int stage) {
+                consume_tile<L1>(warp, shared.pipeline, decoder, reader, partial, fragments, [&](int stage) {
                     if (is_alone(tokens) && tile == blockIdx.x) take(stage, shared, fragments[stage]);
                 });
         }
@@ -204,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 enter_whole<L2>(box, tokens, shared, fragments);
             keep_token_scales<1>(hidden_static_scale, shared);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                consume_tile<L2>(warp, shared.pipeline, offsets, reader, partial, fragments, [&](int stage) {
+                consume_tile<L2>(warp, shared.pipeline, decoder, reader, partial, fragments, [&](int stage) {
                     if (ORDERED && tile == blockIdx.x) inbox.await(stage, fragments[stage]);
                 });
         }

@@ -4,7 +4,7 @@
 // h is finished by the reducer but where its scale needs all of it.
 constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;
 
-// h, fp32, to NVFP4 values with a scale that takes all of it.
+// h, fp32, to values with a scale that takes all of it.
 template <class G>
 __device__ __forceinline__ void enter_whole(const Box& box, int tokens, Shared& shared, Fragment (&fragments)[G::stages]) {
     Raw<Float32> raw[G::stages];
@@ -16,10 +16,14 @@ __device__ __forceinline__ void enter_whole(const Box& box, int tokens, Shared& 
     for (int stage = 0; stage < G::stages; stage++) {
         float v[16];
         unpack16(raw[stage], v);
+#if ACTIVATIONS == E4M3
+        e4m3_words(v, g, fragments[stage].b);
+#else
         quantize_block(v, g, s);
 #pragma unroll
         for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
         exchange(fragments[stage]);
+#endif
     }
 }
 
@@ -31,7 +35,7 @@ __device__ __forceinline__ void copy_x(const Element* x, Shared& shared) {
     copy_to_shared(shared_address(shared.x), x, sizeof(shared.x), has_x);
 }
 
-// x to NVFP4 values, where it is, a block of 16 to a thread.
+// x to values, where it is, a block of 16 to a thread.
 __device__ __forceinline__ void enter_alone(float static_scale, Shared& shared) {
     constexpr int CONSUMER_THREADS = CONSUMERS * 32, EACH = (HIDDEN / BLOCK + CONSUMER_THREADS - 1) / CONSUMER_THREADS;
     auto column_of = [](int i) { return (i * CONSUMER_THREADS + (int)threadIdx.x) * BLOCK; };
@@ -54,20 +58,27 @@ __device__ __forceinline__ void enter_alone(float static_scale, Shared& shared) 
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         if (column_of(i) >= HIDDEN) break;
-        const BlockScale block = block_scale(largest[i], g, s);
         u32* to = reinterpret_cast<u32*>(shared.x) + column_of(i) / 2;
+#if ACTIVATIONS == E4M3
+        u32 words[8];
+        e4m3_words(v[i], g, words);
+#pragma unroll
+        for (int e = 0; e < 8; e++) to[e] = words[e];
+#else
+        const BlockScale block = block_scale(largest[i], g, s);
 #pragma unroll
         for (int e = 0; e < BLOCK; e += 2)
             to[e / 2] = bf16_pair(quantize_value(v[i][e], block), quantize_value(v[i][e + 1], block));
+#endif
     }
     consumers_sync();
 }
 
 // Its share of a stage.
 __device__ __forceinline__ void take(int stage, const Shared& shared, Fragment& fragment) {
-    const int lane = threadIdx.x % 32, first = (stage * CONSUMERS + threadIdx.x / 32) * 64 + lane * 2;
+    const int lane = threadIdx.x % 32, first = (stage * CONSUMERS + threadIdx.x / 32) * 64 + lane * LANE_STEP;
     const u32* from = reinterpret_cast<const u32*>(shared.x) + first / 2;
     const bool has_columns = lane < 4 && (L1::chunks % CONSUMERS == 0 || first < L1::columns);
 #pragma unroll
-    for (int i = 0; i < 8; i++) fragment.b[i] = has_columns && is_column<L1>(first, i) ? from[4 * i] : 0;
+    for (int i = 0; i < 8; i++) fragment.b[i] = has_columns && is_column<L1>(first, i) ? from[WORD_STEP / 2 * i] : 0;
 }

@@ -12,6 +12,13 @@ __device__ __forceinline__ u32 e4m3_quad(float v0, float v1, float v2, float v3)
     return quad;
 }
 
+// Four e4m3 as two pairs of fp16, which hold them exactly.
+__device__ __forceinline__ void f16_pairs(u32 quad, u32& low, u32& high) {
+    asm("{.reg .b16 l, h;\nmov.b32 {l, h}, %2;\ncvt.rn.f16x2.e4m3x2 %0, l;\ncvt.rn.f16x2.e4m3x2 %1, h;}"
+        : "=r"(low), "=r"(high)
+        : "r"(quad));
+}
+
 // The amax that a row's scale comes from; NaN stays NaN.
 __device__ __forceinline__ float amax_or_floor(float amax) { return amax < 0x1p-100f ? 0x1p-100f : amax; }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How x and h become NVFP4 values in a decode launch, whose blocks share the work through the mailbox. Included by decode.cu
+// How x and h become values of NVFP4, or e4m3, in a decode launch, whose blocks share the work through the mailbox. Included by decode.cu
 // and routed_decode.cu, which have Shared, Box and the macros.
 
 // Asked for early. Past the L1 cache: the launch before may have written it.
@@ -7,10 +7,14 @@ __device__ __forceinline__ float static_scale_at(const float* scale) { return AC
 
 // Global scales g (encode) and s (decode) from an amax or a static scale.
 __device__ __forceinline__ void global_scales(u32 amax_bits, float static_scale, float& g, float& s) {
-    if (ACTIVATIONS == STATIC)
+    if (ACTIVATIONS == STATIC) {
         s = static_scale, g = __frcp_rn(s);
-    else
+    } else if (ACTIVATIONS == E4M3) {
+        const float amax = amax_or_floor(__uint_as_float(amax_bits));
+        g = __fdiv_rn(448.0f, amax), s = __fdiv_rn(amax, 448.0f);
+    } else {
         global_scales_of_amax(amax_bits, g, s);
+    }
 }
 
 __device__ __forceinline__ void consumers_sync() { sync_threads(1, CONSUMERS * 32); }
@@ -50,8 +54,18 @@ __device__ __forceinline__ void keep_token_scales(float static_scale, Shared& sh
     shared.token_scale[PHASE][threadIdx.x] = s;
 }
 
-// A block of 16 that four lanes hold, lane c its columns 2 c, 2 c + 1, 2 c + 8 and 2 c + 9, as the two words it would multiply.
+// A block of 16 that four lanes hold, lane c its columns QUARTER c, the next, and those two UPPER further, as the two words
+// that would be multiplied: they follow each other.
+constexpr int QUARTER = ACTIVATIONS == E4M3 ? 4 : 2, UPPER = ACTIVATIONS == E4M3 ? 2 : 8;
+
 __device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float s) {
+#if ACTIVATIONS == E4M3
+    uint2 pairs;
+#pragma unroll
+    for (int e = 0; e < 4; e++) v[e] = __fmul_rn(v[e], g);
+    f16_pairs(e4m3_quad(v[0], v[1], v[2], v[3]), pairs.x, pairs.y);
+    return pairs;
+#else
     u32 largest = 0;
 #pragma unroll
     for (int e = 0; e < 4; e++) largest = max(largest, __float_as_uint(v[e]) & 0x7FFFFFFFu);
@@ -61,9 +75,23 @@ __device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float 
 #pragma unroll
     for (int e = 0; e < 4; e++) v[e] = quantize_value(v[e], block);
     return make_uint2(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]));
+#endif
 }
 
-// This block's share of `rows` rows of x to NVFP4 values for all blocks, by warp `warp` of `warps`. token_of(row): of x;
+#if ACTIVATIONS == E4M3
+// 16 columns of a row to the words that would be multiplied.
+__device__ __forceinline__ void e4m3_words(const float (&v)[BLOCK], float g, u32 (&words)[8]) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        float quad[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) quad[e] = __fmul_rn(v[4 * q + e], g);
+        f16_pairs(e4m3_quad(quad[0], quad[1], quad[2], quad[3]), words[2 * q], words[2 * q + 1]);
+    }
+}
+#endif
+
+// This block's share of `rows` rows of x to such values for all blocks, by warp `warp` of `warps`. token_of(row): of x;
 // scales_of(row, g, s): its global scales; place(row): where its words go. EACH: blocks of 16 that four lanes ask for at once.
 template <int EACH = 1, class TokenOf, class ScalesOf, class Place>
 __device__ __forceinline__ void post_share(const Element* x, int rows, int warp, int warps, TokenOf token_of, ScalesOf scales_of,
@@ -74,13 +102,13 @@ __device__ __forceinline__ void post_share(const Element* x, int rows, int warp,
         auto block_of = [&](int n) { return first + n * step + (int)threadIdx.x % 32 / 4; };
         auto is_one = [&](int n) { return block_of(n) < rows * BLOCKS; };
         auto row_of = [&](int n) { return is_one(n) ? block_of(n) / BLOCKS : 0; };
-        auto column_of = [&](int n) { return is_one(n) ? block_of(n) % BLOCKS * BLOCK + 2 * c : 2 * c; };
+        auto column_of = [&](int n) { return is_one(n) ? block_of(n) % BLOCKS * BLOCK + QUARTER * c : QUARTER * c; };
         float v[EACH][4];
 #pragma unroll
         for (int n = 0; n < EACH; n++) {
             const Element* from = x + (size_t)token_of(row_of(n)) * HIDDEN + column_of(n);
             load_pair(from, v[n][0], v[n][1]);
-            load_pair(from + 8, v[n][2], v[n][3]);
+            load_pair(from + UPPER, v[n][2], v[n][3]);
         }
 #pragma unroll
         for (int n = 0; n < EACH; n++) {

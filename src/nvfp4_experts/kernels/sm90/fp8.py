@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""FP8 activations of a shared expert on Hopper, weights packed as layouts/e4m3_fragments.py says.
+"""FP8 activations of a shared expert on Hopper, of more tokens than decode.cu takes.
+
+Weights are packed as layouts/e4m3_fragments.py says.
 
 up to FEW tokens: gemm.cu, straight from packed weights
 
@@ -17,7 +19,7 @@ more: weights to e4m3, and the vendor's FP8 GEMM with a scale per row
     unpack.cu    W2 -> e4m3, over the weights before
     _scaled_mm   y, in bf16
 
-Routed experts are gemm.cu's at any number of tokens (grouped.py); `enter_rows` brings their rows to e4m3 for it.
+Routed experts are gemm.cu's (grouped.py); `enter_rows` brings their rows to e4m3 for it.
 
 Operands are those of kernels/reference.py. Two things differ from it: h (few tokens) or gate, up and y (more) are
 rounded to bf16 out of the sum (in fp32 there would be twice the traffic between the GEMMs), and the tensor cores keep

@@ -34,6 +34,7 @@
 #include "common.cuh"
 #include "async.cuh"
 #include "e4m3.cuh"
+#include "packed.cuh"
 
 #define BF16 0
 #define FP16 1
@@ -47,7 +48,12 @@ constexpr int ROWS = 64 * STRIPS * ROW_GROUPS, ROW_WARPS = 4 * ROW_GROUPS, PARTS
 constexpr int STAGE_CHUNKS = 2 * COLUMN_GROUPS, GROUPS = TOKENS / 8;  // of 64 columns; of 8 tokens
 constexpr int WEIGHT_BYTES = ROWS / 16 * CHUNK_BYTES;                  // of a chunk
 constexpr int SLICE_CHUNKS = FP8 ? 2 : 1, SLICE_BYTES = TOKENS * 128;  // of activations: rows of 128 bytes
-constexpr int STAGE_SLICES = STAGE_CHUNKS / SLICE_CHUNKS, STEPS = FP8 ? 2 : 4;  // STEPS: wgmmas of a chunk, 32 bytes each
+#if FP8
+typedef PackedE4m3 Packed;
+#else
+typedef PackedBf16 Packed;
+#endif
+constexpr int STAGE_SLICES = STAGE_CHUNKS / SLICE_CHUNKS, STEPS = Packed::STEPS;  // STEPS: wgmmas of a chunk, 32 bytes each
 constexpr int NEXT_CHUNK = FP8 ? STEPS * 32 : SLICE_BYTES;  // bytes from a chunk of activations to the next
 constexpr int NARROWEST = TOKENS < 128 ? 8 : 64;            // of wgmmas with GROUPED
 constexpr int SHARE = (GROUPS + PARTS - 1) / PARTS;         // that a part finishes, at most
@@ -165,27 +171,6 @@ __device__ __forceinline__ void produce(const Arguments& arguments, int split, A
         tokens = upcoming;
     }
 }
-
-// A lane's part of a chunk of weights, as it lies in shared memory and as its A operands. inverses: with FP8, of its rows.
-struct Packed {
-    uint4 codes;
-#if FP8
-    u32 scales;
-    Packed() = default;
-    __device__ Packed(Address chunk, int lane) : codes(load_16(chunk + lane * 16)), scales(load_2(chunk + CODE_BYTES + lane * 2)) {}
-#else
-    uint2 scales;
-    Packed() = default;
-    __device__ Packed(Address chunk, int lane) : codes(load_16(chunk + lane * 16)), scales(load_8(chunk + CODE_BYTES + lane / 4 * 8)) {}
-#endif
-    __device__ __forceinline__ void decode(u32 offsets, const float (&inverses)[2], u32 (&a)[STEPS][4]) const {
-#if FP8
-        decode_chunk_e4m3(codes, scales, inverses, a);
-#else
-        decode_chunk(codes, scales, offsets, a);
-#endif
-    }
-};
 
 template <int N>
 __device__ __forceinline__ void multiply_chunk(float (&sums)[N / 2], const u32 (&a)[STEPS][4], u32 b) {

@@ -60,11 +60,18 @@ __device__ __forceinline__ void empty_share(void* from, int bytes) {
 // --- activations in the order of fragments ---------------------------------------------------------------------------
 
 // In the order of fragments, where the pair of columns k, k + 1 of a token lies, in words: lane c's eight follow each other.
+// They begin at column LANE_STEP c of a chunk, with WORD_STEP columns from word to word.
+#if ACTIVATIONS == E4M3
+constexpr int LANE_STEP = 16, WORD_STEP = 2;
+__device__ __forceinline__ int pair_position(int k) { return k / 2; }
+#else
+constexpr int LANE_STEP = 2, WORD_STEP = 8;
 __device__ __forceinline__ int pair_position(int k) { return k / 64 * 32 + k % 8 / 2 * 8 + k % 64 / 8; }
+#endif
 
 // Words of a fragment that are columns of the matrix; `first`: column of its word 0.
 template <class G>
-__device__ __forceinline__ bool is_column(int first, int word) { return G::columns % 64 == 0 || first + 8 * word < G::columns; }
+__device__ __forceinline__ bool is_column(int first, int word) { return G::columns % 64 == 0 || first + WORD_STEP * word < G::columns; }
 
 // A token's columns in the order of fragments, arriving. EVERY: all lanes have a row.
 template <class G, bool EVERY = false>
@@ -72,7 +79,7 @@ struct Inbox {
     const u32* words;  // of this lane in stage 0; null: its token has none, and its fragments are zero
     int column;        // of the first of them
 
-    __device__ explicit Inbox(const u32* row) : column(threadIdx.x / 32 * 64 + threadIdx.x % 4 * 2) {
+    __device__ explicit Inbox(const u32* row) : column(threadIdx.x / 32 * 64 + threadIdx.x % 4 * LANE_STEP) {
         words = EVERY || row ? row + pair_position(column) : nullptr;
     }
     __device__ Inbox(const u32* rows, int stride, int tokens)

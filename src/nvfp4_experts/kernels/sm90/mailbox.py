@@ -14,7 +14,8 @@ mailbox; one of routed_decode.cu empties the rows that were used, so those do wh
                  decode.cu: x (8, H) bf16, h (8, I) fp32, both in rows of whole chunks; amax (I / 8, 8) u32
                  routed_decode.cu: h (72, I) bf16, in rows of whole chunks; with NVFP4 activations x (72, H) bf16 as
                  well, or (8, H) if its scales are no expert's, and h once more, (72, I) fp32; amax (72, I / 8) u32
-                 where scales are not static, in rows of whole 16 bytes; 16 bytes with a count of blocks
+                 where scales are not static, in rows of whole 16 bytes; 16 bytes with a count of blocks. With FP8
+                 as with NVFP4 whose scales are not static, but fp16 for bf16
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def decode_box(hidden: int, intermediate: int) -> int:
 
 
 def routed_box(hidden: int, intermediate: int, mode: str) -> int:
-    """Bytes of a box of routed_decode.cu; mode: "bf16", or a scale of NVFP4 activations."""
+    """Bytes of a box of routed_decode.cu; mode: "bf16", "fp8", or a scale of NVFP4 activations."""
     values = ROUTED_SLOTS * 2 * _whole(intermediate)
     if mode == "bf16":
         return values

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
-    bf16 and nvfp4, up to 8 tokens and    routed_decode.py, one launch, a shared expert of the same size and format a
-    64 slots (static: 16)                 group of it; not where I is below 100 or so (`routed_decode.fits`)
+    up to 8 tokens and 64 slots           routed_decode.py, one launch, a shared expert of the same size and format a
+    (static: 16)                          group of it; not where I is below 100 or so (`routed_decode.fits`)
     else                                  grouped.py; the shared expert first, its fp32 result (fp8, many tokens: bf16,
                                           as its GEMM leaves it) added with the rows
 
@@ -25,7 +25,7 @@ from .fp8_backend import BACKEND as FP8_BACKEND
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
 # Up to how many slots a call is one launch. With "static" x is another for each expert: more are faster in groups.
-_MOST_SLOTS = {"bf16": 64, "static": 16, "dynamic": 64, "per_token": 64}
+_MOST_SLOTS = {"bf16": 64, "static": 16, "dynamic": 64, "per_token": 64, "fp8": 64}
 
 
 class Sm90RoutedExperts(StackedExperts):
@@ -47,7 +47,7 @@ class Sm90RoutedExperts(StackedExperts):
         sizes = problem.hidden, problem.intermediate
         with torch.cuda.device(device):
             grouped.prepare(problem.experts, modes, max_tokens * problem.top_k, device)
-            if not self.one.for_fp8 and routed_decode.fits(*sizes, device):
+            if routed_decode.fits(*sizes, device):
                 routed_decode.prepare(*sizes, modes, device)
             shape = *sizes, problem.experts, max_tokens, problem.top_k
             layouts = [list(grouped.scratch(mode, *shape).values()) for mode in modes]

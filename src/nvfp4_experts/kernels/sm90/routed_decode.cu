@@ -10,11 +10,12 @@
 // from one expert to the next. All blocks go through the groups in one order, L1 of all, then L2 of all: when the first
 // group's h is asked for, it has long been there. A block keeps the rows of its tiles in shared memory until the last.
 //
-// With NVFP4 activations x and h become NVFP4 values on the way, as routed_entering.cuh says; sums are multiplied by their
-// scales too.
+// With NVFP4 activations x and h become NVFP4 values on the way, with FP8 e4m3, as routed_entering.cuh says; sums are
+// multiplied by their scales too. FP8: weights are as layouts/e4m3_fragments.py packs them and become e4m3 in units of their
+// row's amax / 448; both are multiplied as fp16, which holds them exactly.
 //
 // Floor: 0.5625 bytes * 3 HI read for each group.
-// Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token), ELEMENT (of x),
+// Compiled with -D: HIDDEN, INTERMEDIATE, ACTIVATIONS (0 bf16, 1 nvfp4 static, 2 dynamic, 3 per token, 4 e4m3), ELEMENT (of x),
 // RESULT (of y; 0 bf16, 1 fp16, 2 fp32), INDEX (0 int32, 1 int64), TILES (of L2, of a block, at most), STAGES, SHARED_BYTES,
 // MAILBOX_BYTES.
 
@@ -52,7 +53,8 @@ struct Box {
 struct Expert {
     const unsigned char *gate_up, *down;
     const float *gate_up_scales, *down_scale;
-    const float *input_scale, *hidden_scale;  // STATIC
+    const float *input_scale, *hidden_scale;     // STATIC
+    const BFloat16 *gate_up_amax, *down_amax;    // E4M3: of rows of gate and then of up; of down
 };
 
 struct Arguments {
@@ -67,8 +69,25 @@ struct Arguments {
     float limit;
 };
 
-struct Group {
+// Where an expert's weights are.
+struct Place {
     const unsigned char *gate_up, *down;
+#if ACTIVATIONS == E4M3
+    const BFloat16 *gate_up_amax, *down_amax;
+    __device__ explicit Place(const Expert& expert)
+        : gate_up(expert.gate_up), down(expert.down), gate_up_amax(expert.gate_up_amax), down_amax(expert.down_amax) {}
+    __device__ TileAmax of_l1(int tile) const { return amax_of_l1(gate_up_amax, INTERMEDIATE, tile); }
+    __device__ TileAmax of_l2(int tile) const { return amax_of_l2(down_amax, tile); }
+#else
+    __device__ explicit Place(const Expert& expert) : gate_up(expert.gate_up), down(expert.down) {}
+    __device__ TileAmax of_l1(int) const { return {}; }
+    __device__ TileAmax of_l2(int) const { return {}; }
+#endif
+    Place() = default;
+};
+
+struct Group {
+    Place place;
     float gate_scale, up_scale, down_scale;
     int asker;                     // a token that is in it
     unsigned char slots[TOKENS];   // NOBODY: the token is not in it
@@ -94,7 +113,8 @@ static_assert(sizeof(Shared) <= SHARED_BYTES, "routed_decode.py allocates as muc
 
 __device__ __forceinline__ Expert expert_at(const Expert& first, size_t index) {
     return {first.gate_up + index * (L1::tiles * L1::tile_bytes), first.down + index * (L2::tiles * L2::tile_bytes),
-            first.gate_up_scales + index * 2, first.down_scale + index, first.input_scale + index, first.hidden_scale + index};
+            first.gate_up_scales + index * 2, first.down_scale + index, first.input_scale + index, first.hidden_scale + index,
+            first.gate_up_amax + index * (2 * INTERMEDIATE), first.down_amax + index * HIDDEN};
 }
 
 // Slots to groups, by one warp. Who names an expert twice has it in two groups. Weights can come as soon as it is known where
@@ -150,14 +170,14 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
         mine.slots[slot / top_k] = slot;
         if (leader != slot) continue;
         const Expert expert = expert_at(arguments.routed, shared.expert_of_slot[slot]);
-        mine.gate_up = expert.gate_up, mine.down = expert.down, mine.asker = slot / top_k;
+        mine.place = Place(expert), mine.asker = slot / top_k;
         leads[n] = &mine;
     }
     if (routed) {
         Group& all = shared.groups[0];
         const Expert& expert = arguments.shared;
         if (lane < arguments.tokens) all.slots[lane] = slots + lane;
-        if (lane == 0) all.gate_up = expert.gate_up, all.down = expert.down, all.asker = 0;
+        if (lane == 0) all.place = Place(expert), all.asker = 0;
     }
     __syncwarp();
     if (lane == 0) {
@@ -310,18 +330,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
         asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
         if (warp == PRODUCER && lane == 0) {
             Ring<STAGES> ring;
-            const unsigned char* always = arguments.shared.gate_up;  // does not depend on what ran before; all else may
-            auto produce = [&](const unsigned char* from, int tile) {
-                produce_tile<L1>(from + (size_t)tile * L1::tile_bytes, shared.pipeline, ring);
+            const Place always(arguments.shared);  // does not depend on what ran before; all else may
+            auto produce_l1 = [&](const Place& place, int tile) {
+                produce_tile<L1>(place.gate_up + (size_t)tile * L1::tile_bytes, place.of_l1(tile), shared.pipeline, ring);
             };
-            for (int tile = blockIdx.x; always && tile < L1::tiles; tile += gridDim.x) produce(always, tile);
+            auto produce_l2 = [&](const Place& place, int tile) {
+                produce_tile<L2>(place.down + (size_t)tile * L2::tile_bytes, place.of_l2(tile), shared.pipeline, ring);
+            };
+            for (int tile = blockIdx.x; always.gate_up && tile < L1::tiles; tile += gridDim.x) produce_l1(always, tile);
             const int groups = group_count();
             each_tile(groups, [&](int group, int tile, int) {
-                if (!always || group) produce(shared.groups[group].gate_up, tile);
+                if (!always.gate_up || group) produce_l1(shared.groups[group].place, tile);
             });
             for (int group = 0; group < groups; group++)
-                for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                    produce_tile<L2>(shared.groups[group].down + (size_t)tile * L2::tile_bytes, shared.pipeline, ring);
+                for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x) produce_l2(shared.groups[group].place, tile);
         } else if (warp == REDUCER || warp == COPIER) {  // two, who take turns with tiles
             const int turn = warp == COPIER;
             if (turn) find_groups(arguments, shared);
@@ -333,13 +355,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
                 const Ring<2> this_one = partial;
                 partial.next();
                 if (this_one.slot != turn) return;
-                const float4 sum = reduce_tile(shared.pipeline, this_one);
                 const Group& of = shared.groups[group];
+                const float2 units = units_of(of.place.of_l1(tile));
+                const float4 sum = reduce_tile(shared.pipeline, this_one);
                 float h[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     const int slot = of.slots[token + i];
-                    const float gate = (i ? sum.y : sum.x) * UNPACKED, up = (i ? sum.w : sum.z) * UNPACKED;
+                    const float gate = (i ? sum.y : sum.x) * units.x, up = (i ? sum.w : sum.z) * units.y;
                     const float scale = scale_of_x(shared, slot, token + i);
                     h[i] = swiglu(gate * (scale * of.gate_scale), up * (scale * of.up_scale), arguments.limit);
                     if (slot != NOBODY) h[i] *= shared.weight_of_slot[slot];
@@ -352,19 +375,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             });
             for (int group = 0; group < groups; group++) {
                 const Group& of = shared.groups[group];
-#if ACTIVATIONS == DYNAMIC || ACTIVATIONS == PER_TOKEN
+#if ACTIVATIONS != BF16 && ACTIVATIONS != STATIC
                 while ((int)load_acquire(shared_address(&shared.groups_with_scales)) <= group);
 #endif
                 for (int tile = blockIdx.x, n = 0; tile < L2::tiles; tile += gridDim.x, n++, partial.next()) {
                     if (partial.slot != turn) continue;
+                    const float2 units = units_of(of.place.of_l2(tile));
                     const float4 sum = reduce_tile(shared.pipeline, partial);
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         const int slot = of.slots[token + i];
                         if (slot == NOBODY) continue;
                         const float scale = scale_of_h(shared, slot) * of.down_scale;
-                        shared.rows[n][slot][row] = (i ? sum.y : sum.x) * UNPACKED * scale;
-                        shared.rows[n][slot][row + 8] = (i ? sum.w : sum.z) * UNPACKED * scale;
+                        shared.rows[n][slot][row] = (i ? sum.y : sum.x) * units.x * scale;
+                        shared.rows[n][slot][row + 8] = (i ? sum.w : sum.z) * units.y * scale;
                     }
                 }
             }
@@ -389,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
         }
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 104;");
-        const u32 offsets = load_4(shared_address(&shared.pipeline.scale_offsets));
+        Decoder decoder(shared.pipeline);
         Reader reader;
         Ring<2> partial;
         auto nothing = [](int) {};
@@ -398,14 +422,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             Fragment fragments[L1::stages];
             enter_bf16<L1>(arguments.x, arguments.tokens, fragments);
             each_tile(group_count(), [&](int, int, int) {
-                consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
+                consume_tile<L1>(warp, shared.pipeline, decoder, reader, partial, fragments, nothing);
             });
         }
 #else
         {
             Box& box = arguments.mailbox->boxes[launch_number(*arguments.mailbox) % 2];
             post_x(arguments, shared, box, group_count);
-            multiply_entered(group_count(), warp, arguments.tokens, shared, box, offsets, reader, partial);
+            multiply_entered(group_count(), warp, arguments.tokens, shared, box, decoder, reader, partial);
         }
 #endif
         const int groups = shared.group_count;
@@ -419,7 +443,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
             if (group + 1 < groups) inbox_of(group + 1).look_at_all(upcoming);
             inbox_of(group).await_all(fragments, shared.groups[group].asker);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
-                consume_tile<L2>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
+                consume_tile<L2>(warp, shared.pipeline, decoder, reader, partial, fragments, nothing);
         }
     }
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts for few tokens on Hopper, bf16 and nvfp4: routed_decode.cu, one launch for all experts that are hit.
+"""Routed experts for few tokens on Hopper: routed_decode.cu, one launch for all experts that are hit.
 
 A shared expert may be one more group of the launch.
 """
@@ -25,7 +25,7 @@ from .grouped import mode_of
 from .mailbox import ROUTED_SLOTS, mailbox_bytes, mailboxes, routed_box
 
 _TOKENS, _CHOICES = 8, 64  # of routed_decode.cu
-_GROUP_BYTES = 48
+_GROUP_BYTES = 64
 
 
 def takes(tokens: int, top_k: int) -> bool:
@@ -41,19 +41,19 @@ def fits(hidden: int, intermediate: int, device: torch.device) -> bool:
 def routed_experts(
     x: Tensor, weights: list[Tensor], routing: Routing, call: Call, out: Tensor, beside: Beside | None = None
 ) -> None:
-    """x (T, H) to out (T, H), which may be fp32; not for "fp8".
+    """x (T, H) to out (T, H), which may be fp32.
 
     Args:
-        weights: as stacks of what `Sm90Backend.pack` makes.
+        weights: as stacks of what `Sm90Backend.pack` makes; "fp8": what `Sm90Fp8Backend.pack` does.
         beside: a shared expert of the same I and format, packed so too, and its call; None: there is none.
     """
     hidden, size, mode = x.shape[1], weights[2].shape[2], mode_of(call)
     kernel = _kernel(hidden, size, mode, x.dtype, out.dtype, routing.indices.dtype, x.device)
     arguments = struct.pack(
-        "<17Q4if4x",
+        "<21Q4if4x",
         *_addresses(x, routing.indices, routing.weights),
         *_expert(weights, call),
-        *((0,) * 6 if beside is None else _expert(beside.weights, beside.call)),
+        *((0,) * 8 if beside is None else _expert(beside.weights, beside.call)),
         *_addresses(_mailbox(hidden, size, mode, x.device), out),
         *routing.indices.shape,
         len(weights[0]),
@@ -131,9 +131,9 @@ def _shared_bytes(tiles: int) -> int:
 
 def _expert(weights: list[Tensor], call: Call) -> tuple[int, ...]:
     """Expert of routed_decode.cu."""
-    gate_up, global_scales, _, down, down_global_scales, _ = weights
+    gate_up, global_scales, row_amax, down, down_global_scales, down_row_amax = weights
     static = (call.input_scale, call.hidden_scale) if mode_of(call) == "static" else (None, None)
-    return _addresses(gate_up, down, global_scales, down_global_scales, *static)
+    return _addresses(gate_up, down, global_scales, down_global_scales, *static, row_amax, down_row_amax)
 
 
 def _addresses(*tensors: Tensor | None) -> tuple[int, ...]:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// How x and h enter a launch of routed_decode.cu as NVFP4 values. Each block makes a share of them for all:
+// How x and h enter a launch of routed_decode.cu as NVFP4 values, or e4m3. Each block makes a share of them for all:
 //
 //   x    by the consumers, a row a token; STATIC, whose scale is the expert's: a row a slot, the routed ones' by the enterer
 //   h    by the enterer, a group after the other, from what the reducers left as fp32
@@ -93,7 +93,7 @@ __device__ __forceinline__ u32 amax_of_slot(int slot, const Box& box) {
 __device__ __forceinline__ u32 amax_of_h(const Group& group, const Shared& shared, const Box& box) {
     const int lane = threadIdx.x % 32;
     u32 largest = amax_of_slot(group.slots[lane / 4], box);
-    if (ACTIVATIONS == PER_TOKEN) return largest;
+    if (ACTIVATIONS != DYNAMIC) return largest;
     const int one = group.slots[group.asker], expert = one < CHOICES ? shared.expert_of_slot[one] : -1;
     const int key = expert < 0 ? -1 : shared.key_of_slot[one];
     for (int first = 0; first < CHOICES; first += 32) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ u32 amax_of_h(const Group& group, const Shared& share
 }
 #endif
 
-// This block's share of every group's h to NVFP4 values, by the enterer: a block of 16 of each token at a time.
+// This block's share of every group's h to such values, by the enterer: a block of 16 of each token at a time.
 __device__ __forceinline__ void enter_h(int groups, Shared& shared, Box& box) {
     constexpr int BLOCKS = INTERMEDIATE / BLOCK;
     const int lane = threadIdx.x % 32, c = lane % 4;
@@ -120,8 +120,8 @@ __device__ __forceinline__ void enter_h(int groups, Shared& shared, Box& box) {
         float g, s;
         uint2 low = {}, high = {};
         auto look = [&](int block) {
-            const u32* from = box.whole_h[slot] + block * BLOCK + 2 * c;
-            low = peek_8(from), high = peek_8(from + 8);
+            const u32* from = box.whole_h[slot] + block * BLOCK + QUARTER * c;
+            low = peek_8(from), high = peek_8(from + UPPER);
         };
         auto is_there = [](uint2 words) { return words.x != NOT_YET && words.y != NOT_YET; };
         if (is_one && blockIdx.x < BLOCKS) look(blockIdx.x);  // on its way while the scale is found
@@ -139,15 +139,15 @@ __device__ __forceinline__ void enter_h(int groups, Shared& shared, Box& box) {
             __syncwarp();
             float v[4] = {__uint_as_float(low.x), __uint_as_float(low.y), __uint_as_float(high.x), __uint_as_float(high.y)};
             const uint2 words = quantize_quarter(v, g, s);
-            if (is_one) post(box.h[slot] + pair_position(block * BLOCK + 2 * c), words);
+            if (is_one) post(box.h[slot] + pair_position(block * BLOCK + QUARTER * c), words);
         }
     }
 }
 
 // L1 of all groups by a consumer. Of a slot's x: asked for while the last tile of the group before is multiplied, and not
 // looked at twice where all of it was known to be there.
-__device__ __forceinline__ void multiply_entered(int groups, int warp, int tokens, Shared& shared, const Box& box, u32 offsets,
-                                                 Reader& reader, Ring<2>& partial) {
+__device__ __forceinline__ void multiply_entered(int groups, int warp, int tokens, Shared& shared, const Box& box,
+                                                 Decoder& decoder, Reader& reader, Ring<2>& partial) {
     if (groups == 0) return;
     Fragment fragments[L1::stages];
     auto nothing = [](int) {};
@@ -161,12 +161,12 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
         if (awaits) inbox.await_all(fragments, shared.groups[group].asker);
         awaits = false;
         if (next == group) {
-            consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
+            consume_tile<L1>(warp, shared.pipeline, decoder, reader, partial, fragments, nothing);
             return;
         }
         awaits = __any_sync(~0u, load_acquire(shared_address(&shared.has_all_x)) == 0);  // by all lanes or none
         inbox = x_of(next);
-        consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, [&](int stage) {
+        consume_tile<L1>(warp, shared.pipeline, decoder, reader, partial, fragments, [&](int stage) {
             if (stage) inbox.look(stage - 1, fragments[stage - 1]);
         });
         inbox.look(L1::stages - 1, fragments[L1::stages - 1]);
@@ -176,7 +176,7 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
     inbox.look_at_all(fragments);
     inbox.await_all(fragments);
     each_tile(groups, [&](int, int, int) {
-        consume_tile<L1>(warp, shared.pipeline, offsets, reader, partial, fragments, nothing);
+        consume_tile<L1>(warp, shared.pipeline, decoder, reader, partial, fragments, nothing);
     });
 #endif
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routed experts with FP8 activations on Hopper: grouped.py at any number of tokens, gemm.cu on FP8 tensor cores.
+"""Routed experts with FP8 activations on Hopper: as routed.py says; many tokens on FP8 tensor cores.
 
 Weights are packed as fp8_backend.py packs them.
 """
