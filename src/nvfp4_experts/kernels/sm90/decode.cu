@@ -10,8 +10,8 @@
 // One persistent block per multiprocessor, as tile.cuh says; its ring runs ahead across the hand-over too.
 //
 // Blocks hand each other words through a mailbox in device memory, where NOT_YET says that a word has not come: h, and
-// with NVFP4 and FP8 activations the values of x, of which every block makes a share; of one token alone every block makes all,
-// which takes less than handing over. A reader asks until the word is another; that is the whole hand-over, and L2 begins
+// with NVFP4 activations the values of x, of which every block makes a share; of one token alone, and with FP8, every block
+// makes all, which takes less than handing over. A reader asks until the word is another; that is the whole hand-over, and L2 begins
 // with what is there. Launches use the two boxes in turn and empty the other.
 //
 // Floor: 0.5625 bytes * 3 HI read. bf16 holds exactly: code * 2^-126 (its bits, moved), block scale * 2^119 (its bits,
@@ -176,6 +176,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #else
             if (is_alone(tokens)) {
                 enter_alone(static_scale, shared);
+            } else if (ACTIVATIONS == E4M3) {
+                Raw<Element> raw[L1::stages];
+                load_raw<L1>(x, HIDDEN, tokens, false, raw);
+                enter_whole<0>(raw, shared, fragments);
             } else {
                 if (ACTIVATIONS != STATIC) {
                     Raw<Element> raw[L1::stages];
@@ -205,10 +209,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             Fragment fragments[L2::stages];
             Box& box = find_box();
             const Inbox<L2> inbox(box.h, H_STRIDE / 2, tokens);
-            if (ORDERED)
+            if (ORDERED) {
                 inbox.look_at_all(fragments);
-            else
-                enter_whole<L2>(box, tokens, shared, fragments);
+            } else {
+                Raw<Float32> raw[L2::stages];
+                load_raw<L2>(reinterpret_cast<const Float32*>(box.h), H_STRIDE, tokens, true, raw);
+                enter_whole<1>(raw, shared, fragments);
+            }
             keep_token_scales<1>(hidden_static_scale, shared);
             for (int tile = blockIdx.x; tile < L2::tiles; tile += gridDim.x)
                 consume_tile<L2>(warp, shared.pipeline, decoder, reader, partial, fragments, [&](int stage) {

@@ -1,31 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// What entering.cuh does not have of decode.cu: h whose scale takes all of it, and x of a lone token.
+// What entering.cuh does not have of decode.cu: x of a lone token.
 
 // h is finished by the reducer but where its scale needs all of it.
 constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;
-
-// h, fp32, to values with a scale that takes all of it.
-template <class G>
-__device__ __forceinline__ void enter_whole(const Box& box, int tokens, Shared& shared, Fragment (&fragments)[G::stages]) {
-    Raw<Float32> raw[G::stages];
-    load_raw<G>(reinterpret_cast<const Float32*>(box.h), H_STRIDE, tokens, true, raw);
-    find_amax<1>(raw, shared);
-    float g, s;
-    global_scales(amax_of_token<1>(threadIdx.x % 32 / 4, shared), 0.0f, g, s);
-#pragma unroll
-    for (int stage = 0; stage < G::stages; stage++) {
-        float v[16];
-        unpack16(raw[stage], v);
-#if ACTIVATIONS == E4M3
-        e4m3_words(v, g, fragments[stage].b);
-#else
-        quantize_block(v, g, s);
-#pragma unroll
-        for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
-        exchange(fragments[stage]);
-#endif
-    }
-}
 
 // --- a lone token: x comes to shared memory in one copy, sooner than the lanes of fragments would get it -------------
 

@@ -79,7 +79,7 @@ __device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float 
 }
 
 #if ACTIVATIONS == E4M3
-// 16 columns of a row to the words that would be multiplied.
+// 16 columns of a row to the words that are multiplied.
 __device__ __forceinline__ void e4m3_words(const float (&v)[BLOCK], float g, u32 (&words)[8]) {
 #pragma unroll
     for (int q = 0; q < 4; q++) {
@@ -90,6 +90,27 @@ __device__ __forceinline__ void e4m3_words(const float (&v)[BLOCK], float g, u32
     }
 }
 #endif
+
+// Columns that lanes hold to fragments, with scales that take all of a token's.
+template <int PHASE, class Source, int STAGE_COUNT>
+__device__ __forceinline__ void enter_whole(Raw<Source> (&raw)[STAGE_COUNT], Shared& shared, Fragment (&fragments)[STAGE_COUNT]) {
+    find_amax<PHASE>(raw, shared);
+    float g, s;
+    global_scales(amax_of_token<PHASE>(threadIdx.x % 32 / 4, shared), 0.0f, g, s);
+#pragma unroll
+    for (int stage = 0; stage < STAGE_COUNT; stage++) {
+        float v[BLOCK];
+        unpack16(raw[stage], v);
+#if ACTIVATIONS == E4M3
+        e4m3_words(v, g, fragments[stage].b);
+#else
+        quantize_block(v, g, s);
+#pragma unroll
+        for (int i = 0; i < 8; i++) fragments[stage].b[i] = bf16_pair(v[2 * i], v[2 * i + 1]);
+        exchange(fragments[stage]);
+#endif
+    }
+}
 
 // This block's share of `rows` rows of x to such values for all blocks, by warp `warp` of `warps`. token_of(row): of x;
 // scales_of(row, g, s): its global scales; place(row): where its words go. EACH: blocks of 16 that four lanes ask for at once.

@@ -15,7 +15,7 @@ mailbox; one of routed_decode.cu empties the rows that were used, so those do wh
                  routed_decode.cu: h (72, I) bf16, in rows of whole chunks; with NVFP4 activations x (72, H) bf16 as
                  well, or (8, H) if its scales are no expert's, and h once more, (72, I) fp32; amax (72, I / 8) u32
                  where scales are not static, in rows of whole 16 bytes; 16 bytes with a count of blocks. With FP8
-                 as with NVFP4 whose scales are not static, but fp16 for bf16
+                 as with NVFP4 whose scales are not static, but fp16 for bf16, and no x
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def routed_box(hidden: int, intermediate: int, mode: str) -> int:
     if mode == "bf16":
         return values
     is_static = mode == "static"
-    x = (ROUTED_SLOTS if is_static else _TOKENS) * 2 * _whole(hidden)
+    x = 0 if mode == "fp8" else (ROUTED_SLOTS if is_static else _TOKENS) * 2 * _whole(hidden)
     amax = 0 if is_static else ROUTED_SLOTS * -(-(intermediate // 8) // 4) * 16
     return values + x + 16 + ROUTED_SLOTS * 4 * intermediate + amax
 

@@ -40,8 +40,10 @@ constexpr unsigned char NOBODY = 255;
 struct Box {
     u32 h[SLOTS][H_STRIDE / 2];  // bf16 pairs, in the order of fragments
 #if ACTIVATIONS != BF16
+#if ACTIVATIONS != E4M3
     u32 x[ACTIVATIONS == STATIC ? SLOTS : TOKENS][X_STRIDE / 2];  // the same
-    alignas(16) u32 whole_h[SLOTS][INTERMEDIATE];                 // fp32, in the order of channels
+#endif
+    alignas(16) u32 whole_h[SLOTS][INTERMEDIATE];  // fp32, in the order of channels
 #if ACTIVATIONS != STATIC
     alignas(16) u32 amax[SLOTS][AMAX_STRIDE];  // of the 8 channels of a tile
 #endif
@@ -212,7 +214,9 @@ __device__ __forceinline__ void find_groups(const Arguments& arguments, Shared& 
 __device__ __forceinline__ void empty_rows(int rows, Box& box) {
     empty_share(box.h, rows * sizeof(box.h[0]));
 #if ACTIVATIONS != BF16
+#if ACTIVATIONS != E4M3
     empty_share(box.x, ACTIVATIONS == STATIC ? rows * sizeof(box.x[0]) : sizeof(box.x));
+#endif
     empty_share(box.whole_h, rows * sizeof(box.whole_h[0]));
 #if ACTIVATIONS != STATIC
     empty_share(box.amax, rows * sizeof(box.amax[0]));
@@ -417,10 +421,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) routed_experts_decode(c
         Reader reader;
         Ring<2> partial;
         auto nothing = [](int) {};
-#if ACTIVATIONS == BF16
+#if ACTIVATIONS == BF16 || ACTIVATIONS == E4M3
         {
             Fragment fragments[L1::stages];
+#if ACTIVATIONS == BF16
             enter_bf16<L1>(arguments.x, arguments.tokens, fragments);
+#else
+            enter_x(arguments, shared, fragments);
+#endif
             each_tile(group_count(), [&](int, int, int) {
                 consume_tile<L1>(warp, shared.pipeline, decoder, reader, partial, fragments, nothing);
             });

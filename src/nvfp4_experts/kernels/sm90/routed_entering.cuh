@@ -1,11 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // How x and h enter a launch of routed_decode.cu as NVFP4 values, or e4m3. Each block makes a share of them for all:
 //
-//   x    by the consumers, a row a token; STATIC, whose scale is the expert's: a row a slot, the routed ones' by the enterer
+//   x    by the consumers, a row a token; STATIC, whose scale is the expert's: a row a slot, the routed ones' by the enterer;
+//        E4M3, which takes less to make than to hand over: of all of it for itself
 //   h    by the enterer, a group after the other, from what the reducers left as fp32
 //
 // Groups before the last one's hide how long it takes to hand h over twice.
 
+#if ACTIVATIONS == E4M3
+__device__ __forceinline__ void enter_x(const Arguments& arguments, Shared& shared, Fragment (&fragments)[L1::stages]) {
+    Raw<Element> raw[L1::stages];
+    load_raw<L1>(arguments.x, HIDDEN, arguments.tokens, false, raw);
+    enter_whole<0>(raw, shared, fragments);
+    keep_token_scales<0>(0.0f, shared);
+}
+#else
 // x of the tokens that come first, by the consumers: of all, or with STATIC of the shared expert.
 template <class GroupCount>
 __device__ __forceinline__ void post_x(const Arguments& arguments, Shared& shared, Box& box, GroupCount group_count) {
@@ -29,6 +38,7 @@ __device__ __forceinline__ void post_x(const Arguments& arguments, Shared& share
         [&](int row) { return box.x[row]; });
 #endif
 }
+#endif
 
 #if ACTIVATIONS == STATIC
 // x of the routed experts' slots, by the enterer; and word when every block has posted its share.
@@ -144,6 +154,7 @@ __device__ __forceinline__ void enter_h(int groups, Shared& shared, Box& box) {
     }
 }
 
+#if ACTIVATIONS != E4M3
 // L1 of all groups by a consumer. Of a slot's x: asked for while the last tile of the group before is multiplied, and not
 // looked at twice where all of it was known to be there.
 __device__ __forceinline__ void multiply_entered(int groups, int warp, int tokens, Shared& shared, const Box& box,
@@ -180,3 +191,4 @@ __device__ __forceinline__ void multiply_entered(int groups, int warp, int token
     });
 #endif
 }
+#endif
