@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -153,6 +154,27 @@ def test_scratch_of_a_huge_layer_is_bounded() -> None:
         tiles = list(fp8._tiles(rows, of_row))
         assert [start for start, _ in tiles[1:]] == [stop for _, stop in tiles[:-1]]
         assert tiles[0][0] == 0 and tiles[-1][1] == rows and all(start % 16 == 0 for start, _ in tiles)
+
+
+@pytest.mark.parametrize("off", [-2, -1, 0, 1, 2], ids=str)
+def test_a_step_from_a_reciprocal_is_the_rounded_quotient(off: int) -> None:
+    """`inverse_of` of e4m3.cuh, for every mantissa that bf16 has, with a reciprocal so many units off; in fractions."""
+    for mantissa in range(128):
+        amax, largest = Fraction(128 + mantissa, 128), Fraction(448, 128)
+        reciprocal = to_fp32(1 / amax) + off * Fraction(1, 2**24)
+        quotient = to_fp32(largest * reciprocal)
+        rest = to_fp32(largest - quotient * amax)
+        assert to_fp32(rest * reciprocal + quotient) == to_fp32(largest / amax)
+
+
+def to_fp32(exact: Fraction) -> Fraction:
+    """To nearest even, of a number that fp32 has as a normal one, or 0."""
+    if exact == 0:
+        return exact
+    unit = Fraction(2) ** -149
+    while abs(exact) >= unit * 2**24:
+        unit *= 2
+    return round(exact / unit) * unit
 
 
 @pytest.mark.gpu

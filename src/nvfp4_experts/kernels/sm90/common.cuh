@@ -107,6 +107,13 @@ __device__ __forceinline__ void unpack16(const Raw<Source>& raw, float (&v)[16])
 #pragma unroll
     for (int i = 0; i < 16; i++) v[i] = to_float(raw.element[i]);
 }
+__device__ __forceinline__ void unpack16(const Raw<BFloat16>& raw, float (&v)[16]) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        const u32 word = reinterpret_cast<const u32*>(raw.words)[i];
+        v[2 * i] = __uint_as_float(word << 16), v[2 * i + 1] = __uint_as_float(word & 0xFFFF0000u);
+    }
+}
 
 // Keeps the compiler from holding unpacked floats from one use of `raw` to the next: they would not fit the registers.
 template <class Source>

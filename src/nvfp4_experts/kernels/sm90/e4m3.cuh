@@ -20,7 +20,10 @@ __device__ __forceinline__ void f16_pairs(u32 quad, u32& low, u32& high) {
 }
 
 // The amax that a row's scale comes from; NaN stays NaN.
-__device__ __forceinline__ float amax_or_floor(float amax) { return amax < 0x1p-100f ? 0x1p-100f : amax; }
+__device__ __forceinline__ float amax_or_floor(float amax) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(amax) : "f"(0x1p-100f));
+    return amax;
+}
 
 // e4m3 of the magnitudes 0, .5, 1, 1.5 (low) and 2, 3, 4, 6 (high), times a block scale and 448 / amax.
 struct Magnitudes {
@@ -34,7 +37,16 @@ __device__ __forceinline__ Magnitudes magnitudes(float scale, float inverse) {
     return {e4m3_quad(0.0f * one, 0.5f * one, one, one_and_half),
             e4m3_quad(2.0f * one, 2.0f * one_and_half, 4.0f * one, 4.0f * one_and_half)};
 }
-__device__ __forceinline__ float inverse_of(float amax) { return __fdiv_rn(448.0f * 0x1p-7f, amax); }
+
+// The inverse of a weight row: the quotient to nearest, without what a division has for other numbers. amax is bf16's, and
+// for each of its mantissas one step from a reciprocal two units off still rounds to the same (test_sm90_fp8.py).
+__device__ __forceinline__ float inverse_of(float amax) {
+    constexpr float LARGEST = 448.0f * 0x1p-7f;
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(amax));
+    const float quotient = __fmul_rn(LARGEST, reciprocal);
+    return __fmaf_rn(__fmaf_rn(-quotient, amax, LARGEST), reciprocal, quotient);
+}
 
 // Four codes as e4m3: a magnitude in each of the lower four nibbles of `selectors`, whose bits 3 are 0; a sign in bit 7 of
 // each byte of `signs`.

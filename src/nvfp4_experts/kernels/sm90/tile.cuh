@@ -64,11 +64,10 @@ struct Decoder {
     // By the lanes of rows g and g + 8, when its first stage has come.
     __device__ __forceinline__ void meet_tile(const Pipeline& pipeline, int slot) {
 #if ACTIVATIONS == E4M3
-        const int row = threadIdx.x % 32 / 4 + threadIdx.x % 2 * 8;  // a division a lane, and its neighbour's
-        const Address amax = shared_address(pipeline.row_amax[slot]) + row * sizeof(BFloat16);
-        const float mine = inverse_of(amax_or_floor(to_float(BFloat16{(u16)load_2(amax)})));
-        const float other = __shfl_xor_sync(~0u, mine, 1);
-        inverses[0] = row < 8 ? mine : other, inverses[1] = row < 8 ? other : mine;
+        const Address amax = shared_address(pipeline.row_amax[slot]) + threadIdx.x % 32 / 4 * sizeof(BFloat16);
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+            inverses[h] = inverse_of(amax_or_floor(to_float(BFloat16{(u16)load_2(amax + h * 8 * sizeof(BFloat16))})));
 #endif
     }
 };
@@ -184,7 +183,7 @@ __device__ __forceinline__ void consume_tile(int warp, Pipeline& pipeline, Decod
         const Address from = chunk + slot * STAGE_BYTES;
         Packed packed = {};
         if (has_chunk) packed = Packed(from, lane);
-        if (stage == 0 && has_chunk) decoder.meet_tile(pipeline, slot);
+        if (stage == 0) decoder.meet_tile(pipeline, slot);
         // Given back is the slot before, behind the wait: within straight code the assembler lets an arrival pass loads that
         // are under way, but not out of a loop. All lanes' are there: mma.sync has had them.
         if ((stage || reader.read) && (WARP_ARRIVALS == 32 || lane == 0)) barrier_arrive(reader.read);
