@@ -229,6 +229,31 @@ def test_gemm_decodes_while_the_tensor_cores_multiply(built: dict[Kernel, Built]
         assert int(stores) <= 16 and int(loads) <= 32, kernel
 
 
+def test_nothing_of_a_tile_is_worked_out_again_in_each_stage(built: dict[Kernel, Built], tmp_path: Path) -> None:
+    """No division in gemm.cu's loops over stages: ptxas moves one there, from in front of them, to save a register."""
+    if disassembler() is None:
+        pytest.skip("needs nvdisasm, of CUDA or of Triton")
+    for kernel in gemms():
+        loops = [loop for loop in innermost_loops(built[kernel].cubin, tmp_path) if re.search(r"[HQ]GMMA", loop)]
+        assert loops and not any(re.search(r"MUFU|FCHK|CALL", loop) for loop in loops), kernel
+
+
+def innermost_loops(cubin: bytes, folder: Path) -> list[str]:
+    """SASS from a label to a branch back to it, with no other such branch between."""
+    (file := folder / "kernel.cubin").write_bytes(cubin)
+    listed = subprocess.run([disassembler(), "-c", str(file)], capture_output=True, text=True, check=True).stdout
+    labels, found, behind = {}, [], 0
+    for match in re.finditer(r"^(\.L_x_\d+):|\bBRA.*?\((\.L_x_\d+)\)", listed, re.MULTILINE):
+        label, target = match.groups()
+        if label:
+            labels[label] = match.end()
+        elif target in labels:
+            if labels[target] >= behind:
+                found.append(listed[labels[target] : match.start()])
+            behind = match.end()
+    return found
+
+
 def test_decode_of_v4_flash_spills_no_register(built: dict[Kernel, Built]) -> None:
     for kernel in (
         decode_of("V4-Flash", BF16),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest

@@ -24,8 +24,8 @@ from .backend import BACKEND, Sm90Backend
 from .fp8_backend import BACKEND as FP8_BACKEND
 
 _MAX_EXPERTS = 8192  # each with a count in the shared memory of one block
-# Up to how many slots a call is one launch. More are faster in groups where x is another for each expert ("static"), and
-# where the tensor cores of one launch need operands twice as wide ("fp8").
+# Up to how many slots a call is one launch. More are faster in groups where x is another for each expert ("static"),
+# and where the tensor cores of one launch need operands twice as wide ("fp8").
 _MOST_SLOTS = {"bf16": 64, "static": 16, "dynamic": 64, "per_token": 64, "fp8": 16}
 
 
