@@ -11,8 +11,8 @@
 //
 // Blocks hand each other words through a mailbox in device memory, where NOT_YET says that a word has not come: h, and
 // with NVFP4 activations the values of x, of which every block makes a share; of one token alone, and with FP8, every block
-// makes all, which takes less than handing over. A reader asks until the word is another; that is the whole hand-over, and L2 begins
-// with what is there. Launches use the two boxes in turn and empty the other.
+// makes all, which takes less than handing over. A reader asks until the word is another; that is the whole hand-over, and
+// L2 begins with what is there. Launches use the two boxes in turn and empty the other.
 //
 // Floor: 0.5625 bytes * 3 HI read. bf16 holds exactly: code * 2^-126 (its bits, moved), block scale * 2^119 (its bits,
 // moved, plus an exponent), their product code * scale * 2^-7, and NVFP4 activations. So 2^7 times the sum is exact. FP8:

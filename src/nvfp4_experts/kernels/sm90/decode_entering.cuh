@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What entering.cuh does not have of decode.cu: x of a lone token.
+// What entering.cuh does not have of decode.cu: where h is finished, and x of a lone token.
 
 // h is finished by the reducer but where its scale needs all of it.
 constexpr bool ORDERED = ACTIVATIONS == BF16 || ACTIVATIONS == STATIC;

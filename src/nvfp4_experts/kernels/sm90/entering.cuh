@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How x and h become values of NVFP4, or e4m3, in a decode launch, whose blocks share the work through the mailbox. Included by decode.cu
-// and routed_decode.cu, which have Shared, Box and the macros.
+// How x and h become values of NVFP4, or e4m3, in a decode launch, whose blocks share the work through the mailbox. Included
+// by decode.cu and routed_decode.cu, which have Shared, Box and the macros.
 
 // Asked for early. Past the L1 cache: the launch before may have written it.
 __device__ __forceinline__ float static_scale_at(const float* scale) { return ACTIVATIONS == STATIC ? __ldcg(scale) : 0.0f; }
@@ -54,17 +54,31 @@ __device__ __forceinline__ void keep_token_scales(float static_scale, Shared& sh
     shared.token_scale[PHASE][threadIdx.x] = s;
 }
 
+#if ACTIVATIONS == E4M3
+// Four columns of a row to the two words that are multiplied.
+__device__ __forceinline__ uint2 e4m3_pairs(const float* v, float g) {
+    uint2 pairs;
+    f16_pairs(e4m3_quad(__fmul_rn(v[0], g), __fmul_rn(v[1], g), __fmul_rn(v[2], g), __fmul_rn(v[3], g)), pairs.x, pairs.y);
+    return pairs;
+}
+
+// A block of 16 to its eight.
+__device__ __forceinline__ void e4m3_words(const float (&v)[BLOCK], float g, u32 (&words)[8]) {
+#pragma unroll
+    for (int q = 0; q < 4; q++) {
+        const uint2 pairs = e4m3_pairs(v + 4 * q, g);
+        words[2 * q] = pairs.x, words[2 * q + 1] = pairs.y;
+    }
+}
+#endif
+
 // A block of 16 that four lanes hold, lane c its columns QUARTER c, the next, and those two UPPER further, as the two words
 // that would be multiplied: they follow each other.
 constexpr int QUARTER = ACTIVATIONS == E4M3 ? 4 : 2, UPPER = ACTIVATIONS == E4M3 ? 2 : 8;
 
 __device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float s) {
 #if ACTIVATIONS == E4M3
-    uint2 pairs;
-#pragma unroll
-    for (int e = 0; e < 4; e++) v[e] = __fmul_rn(v[e], g);
-    f16_pairs(e4m3_quad(v[0], v[1], v[2], v[3]), pairs.x, pairs.y);
-    return pairs;
+    return e4m3_pairs(v, g);
 #else
     u32 largest = 0;
 #pragma unroll
@@ -78,22 +92,10 @@ __device__ __forceinline__ uint2 quantize_quarter(float (&v)[4], float g, float 
 #endif
 }
 
-#if ACTIVATIONS == E4M3
-// 16 columns of a row to the words that are multiplied.
-__device__ __forceinline__ void e4m3_words(const float (&v)[BLOCK], float g, u32 (&words)[8]) {
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-        float quad[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) quad[e] = __fmul_rn(v[4 * q + e], g);
-        f16_pairs(e4m3_quad(quad[0], quad[1], quad[2], quad[3]), words[2 * q], words[2 * q + 1]);
-    }
-}
-#endif
-
 // Columns that lanes hold to fragments, with scales that take all of a token's.
 template <int PHASE, class Source, int STAGE_COUNT>
-__device__ __forceinline__ void enter_whole(Raw<Source> (&raw)[STAGE_COUNT], Shared& shared, Fragment (&fragments)[STAGE_COUNT]) {
+__device__ __forceinline__ void enter_whole(Raw<Source> (&raw)[STAGE_COUNT], Shared& shared,
+                                            Fragment (&fragments)[STAGE_COUNT]) {
     find_amax<PHASE>(raw, shared);
     float g, s;
     global_scales(amax_of_token<PHASE>(threadIdx.x % 32 / 4, shared), 0.0f, g, s);

@@ -132,7 +132,9 @@ struct TileAmax {
 __device__ __forceinline__ TileAmax amax_of_l1(const BFloat16* gate_up, int intermediate, int tile) {
     return {gate_up + tile * 8, gate_up + intermediate + tile * 8};
 }
-__device__ __forceinline__ TileAmax amax_of_l2(const BFloat16* down, int tile) { return {down + tile * 16, down + tile * 16 + 8}; }
+__device__ __forceinline__ TileAmax amax_of_l2(const BFloat16* down, int tile) {
+    return {down + tile * 16, down + tile * 16 + 8};
+}
 
 // What sums of a tile's rows g and g + 8 are in units of. Asked for in front of the sums.
 __device__ __forceinline__ float2 units_of(const TileAmax& amax) {
