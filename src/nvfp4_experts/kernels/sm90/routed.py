@@ -2,7 +2,7 @@
 """Routed experts on Hopper, and a shared expert beside them: which kernels run them.
 
     up to 8 tokens and 64 slots           routed_decode.py, one launch, a shared expert of the same size and format a
-    (static: 16)                          group of it; not where I is below 100 or so (`routed_decode.fits`)
+    (static and fp8: 16)                  group of it; not where I is below 100 or so (`routed_decode.fits`)
     else                                  grouped.py; the shared expert first, its fp32 result (fp8, many tokens: bf16,
                                           as its GEMM leaves it) added with the rows
 
