@@ -107,6 +107,7 @@ __device__ __forceinline__ void unpack16(const Raw<Source>& raw, float (&v)[16])
 #pragma unroll
     for (int i = 0; i < 16; i++) v[i] = to_float(raw.element[i]);
 }
+// By words: as 16-bit halves ptxas keeps them in registers of their own, and spills (entering.cuh, V4-Pro, e4m3).
 __device__ __forceinline__ void unpack16(const Raw<BFloat16>& raw, float (&v)[16]) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {

@@ -37,7 +37,7 @@ OUT = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 ENTER_THREADS, ENTER_VALUES = 256, 8  # THREADS and VALUES of enter.cu
 SCALE_OF_ALL, SCALE_OF_TOKEN, SCALE_OF_EXPERT = 0, 1, 2  # of gemm.cu
 _BOX_BYTES = 128  # of a row of activations
-# ACTIVATIONS of enter.cu, decode.cu and, all of them, routed_decode.cu.
+# ACTIVATIONS of decode.cu and routed_decode.cu; enter.cu has no fp8.
 MODE = {"bf16": 0, "static": 1, "dynamic": 2, "per_token": 3, "fp8": 4}
 
 

@@ -5,12 +5,12 @@
 // (16 rows x 1024 columns, 9 KB) running ahead of them, across tiles; a reducer warp adds the 16 partial sums of a tile, or
 // two on different schedulers take turns.
 // Activations stay in the consumers' registers as B fragments.
-// Needs STAGES.
+// Needs STAGES, ACTIVATIONS, common.cuh and async.cuh.
 
 #include "e4m3.cuh"
 #include "packed.cuh"
 
-// ACTIVATIONS: bf16, NVFP4 by whose scale, or e4m3 by a row's.
+// ACTIVATIONS: bf16, NVFP4 by whose scale, or e4m3 by its row's.
 #define BF16 0
 #define STATIC 1
 #define DYNAMIC 2
