@@ -25,6 +25,9 @@ __device__ __forceinline__ float amax_or_floor(float amax) {
     return amax;
 }
 
+// What a row is in units of.
+__device__ __forceinline__ float unit_of(float amax) { return __fdiv_rn(amax, 448.0f); }
+
 // e4m3 of the magnitudes 0, .5, 1, 1.5 (low) and 2, 3, 4, 6 (high), times a block scale and 448 / amax.
 struct Magnitudes {
     u32 low, high;

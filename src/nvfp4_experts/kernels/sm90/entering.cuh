@@ -11,7 +11,7 @@ __device__ __forceinline__ void global_scales(u32 amax_bits, float static_scale,
         s = static_scale, g = __frcp_rn(s);
     } else if (ACTIVATIONS == E4M3) {
         const float amax = amax_or_floor(__uint_as_float(amax_bits));
-        g = __fdiv_rn(448.0f, amax), s = __fdiv_rn(amax, 448.0f);
+        g = __fdiv_rn(448.0f, amax), s = unit_of(amax);
     } else {
         global_scales_of_amax(amax_bits, g, s);
     }

@@ -131,7 +131,7 @@ __device__ __forceinline__ void quantize_row(const Row& row, int columns, const 
         largest = largest_of(largest, row.values(row.load(vector)));
 
     const float amax = amax_or_floor(__uint_as_float(largest_of_block(largest))), inverse = __fdiv_rn(448.0f, amax);
-    if (threadIdx.x == 0) to.put_scale(__fdiv_rn(amax, 448.0f));
+    if (threadIdx.x == 0) to.put_scale(unit_of(amax));
     auto write = [&](int vector, Eight v) {
 #pragma unroll
         for (int i = 0; i < 8; i++) v.value[i] = __fmul_rn(v.value[i], inverse);

@@ -20,7 +20,7 @@ struct RowAmax {
     }
     __device__ __forceinline__ void scale(int strip, Rows& rows) const {
 #pragma unroll
-        for (int h = 0; h < 2; h++) rows.factors[h] *= __fdiv_rn(of[strip][h], 448.0f);
+        for (int h = 0; h < 2; h++) rows.factors[h] *= unit_of(of[strip][h]);
     }
 };
 

@@ -140,7 +140,7 @@ __device__ __forceinline__ TileAmax amax_of_l2(const BFloat16* down, int tile) {
 __device__ __forceinline__ float2 units_of(const TileAmax& amax) {
 #if ACTIVATIONS == E4M3
     const int g = threadIdx.x % 32 / 4;
-    auto of = [=](const BFloat16* rows) { return __fdiv_rn(amax_or_floor(to_float(rows[g])), 448.0f); };
+    auto of = [=](const BFloat16* rows) { return unit_of(amax_or_floor(to_float(rows[g]))); };
     return {of(amax.first), of(amax.others)};
 #else
     return {UNPACKED, UNPACKED};

@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     wait_for_launch_before();  // it may still read what this launch writes
     if (blockIdx.x == 0 && threadIdx.x < 16) {
         const float global_scale = global_scales[split == 8 ? threadIdx.x / 8 : 0];
-        scales[row_of(threadIdx.x, half)] = __fmul_rn(__fdiv_rn(amax, 448.0f), global_scale);
+        scales[row_of(threadIdx.x, half)] = __fmul_rn(unit_of(amax), global_scale);
     }
     if (first_chunk >= chunks) return;  // a whole warp
 
