@@ -202,6 +202,21 @@ def test_input_scales_are_written_where_they_belong(tmp_path: Path, dialect: str
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
+def test_input_scales_of_routed_experts_are_written_where_they_belong(tmp_path: Path, dialect: str) -> None:
+    source = factory.write(tmp_path / "src", factory.model(factory.plain())[0])
+    given = {(0, 1): (0.25, 4.0), 1: (0.5, 2.0)}
+    convert(source, tmp_path / "dst", dialect=dialect, experts="all", input_scales=given)
+    checkpoint = open_checkpoint(tmp_path / "dst")
+    found = {}
+    for entry in checkpoint.experts:
+        of = {projection_input_scale(checkpoint, entry.projections[name]) for name in ("gate", "up")}
+        (x,) = of
+        key = entry.layer if entry.index is None else (entry.layer, entry.index)
+        found[key] = x, projection_input_scale(checkpoint, entry.projections["down"])
+    assert {key: pair for key, pair in found.items() if pair != (None, None)} == given
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 def test_input_scales_can_be_given_to_a_checkpoint_that_is_nvfp4_already(tmp_path: Path, dialect: str) -> None:
     maker = factory.modelopt(1.7e-4, 0.5) if dialect == "modelopt" else factory.compressed_tensors(7777.7, 2.0)
     tensors, _ = factory.model(maker)
@@ -403,7 +418,8 @@ def test_a_reciprocal_scale_does_not_pass_through(tmp_path: Path) -> None:
     "scales",
     [
         {7: (1.0, 1.0)}, {0: (0.0, 1.0)}, {0: (1.0, float("nan"))}, {0: (1.0, -1.0)}, {0: (1.0,)}, {0: 1.0},
-        {0: None}, {0: ("a", 1.0)}, {"0": (1.0, 1.0)},
+        {0: None}, {0: ("a", 1.0)}, {"0": (1.0, 1.0)}, {(0, 0): (1.0, 0.0)}, {(0, 0, 0): (1.0, 1.0)}, {(): (1.0, 1.0)},
+        {(0, -1): (1.0, 1.0)},
     ],
     ids=str,
 )  # fmt: skip
@@ -411,8 +427,25 @@ def test_input_scales_that_do_not_fit(tmp_path: Path, scales: dict) -> None:
     source = factory.write(tmp_path / "src", factory.model(factory.plain())[0])
     with pytest.raises(errors.InputScalesError):
         convert(source, tmp_path / "dst", input_scales=scales)
-    with pytest.raises(errors.InputScalesError):
-        convert(source, tmp_path / "dst", experts="routed", input_scales={0: (1.0, 1.0)})
+
+
+@pytest.mark.parametrize(
+    ("experts", "scales", "message"),
+    [
+        ("routed", {0: (1.0, 1.0)}, "layer 0, which would stay"),
+        ("shared", {(0, 1): (1.0, 1.0)}, "layer 0 routed expert 1, which would stay"),
+        ("all", {(0, 99): (1.0, 1.0)}, "layer 0 routed expert 99"),
+        ("all", {9: (1.0, 1.0)}, r"layers \[0, 1\], and the routed ones, got layer 9"),
+        ("all", {(0, n): (1.0, 1.0) for n in range(90, 99)}, "routed expert 93 and 5 more"),
+    ],
+)
+def test_input_scales_of_experts_that_are_not_converted(
+    tmp_path: Path, experts: str, scales: dict, message: str
+) -> None:
+    source = factory.write(tmp_path / "src", factory.model(factory.plain())[0])
+    with pytest.raises(errors.InputScalesError, match=message):
+        convert(source, tmp_path / "dst", experts=experts, input_scales=scales)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 @pytest.mark.parametrize("option", [{"dialect": "gguf"}, {"experts": "none"}, {"recipe": "mine"}])

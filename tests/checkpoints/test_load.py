@@ -87,12 +87,15 @@ def test_a_layer_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_input_scales_round_trip_through_their_file(tmp_path: Path) -> None:
-    scales = {0: (0.1, 0.2), 60: (1e-6, 3.0)}
+    scales = {(60, 7): (2.0, 1.0), 60: (1e-6, 3.0), (0, 255): (0.5, 0.7), 0: (0.1, 0.2)}
     save_input_scales(tmp_path / "scales.safetensors", scales)
     found = load_input_scales(tmp_path / "scales.safetensors")
     assert found == {n: tuple(torch.tensor(v).item() for v in pair) for n, pair in scales.items()}
+    assert list(found) == [0, (0, 255), 60, (60, 7)]
     assert open_checkpoint(tmp_path / "scales.safetensors").tensors.keys() == {
-        f"layers.{n}.{kind}" for n in scales for kind in ("input_scale", "hidden_scale")
+        f"layers.{n}.{kind}"
+        for n in ("0", "0.experts.255", "60", "60.experts.7")
+        for kind in ("input_scale", "hidden_scale")
     }
     save_input_scales(tmp_path / "scales.safetensors", {1: (1.0, 1.0)})
     assert load_input_scales(tmp_path / "scales.safetensors") == {1: (1.0, 1.0)}
@@ -106,6 +109,7 @@ def test_input_scales_round_trip_through_their_file(tmp_path: Path) -> None:
         {"layers.0.input_scale": torch.ones(1), "layers.0.hidden_scale": torch.tensor(1.0)},
         {"layers.0.input_scale": torch.tensor(1), "layers.0.hidden_scale": torch.tensor(1.0)},
         {"layers.00.input_scale": torch.tensor(1.0), "layers.00.hidden_scale": torch.tensor(1.0)},
+        {"layers.0.experts.1.input_scale": torch.tensor(1.0), "layers.0.hidden_scale": torch.tensor(1.0)},
         {"weight": torch.tensor(1.0)},
     ],
 )
@@ -121,4 +125,6 @@ def test_a_file_that_holds_no_input_scales(tmp_path: Path, content: dict) -> Non
 def test_scales_that_are_none_are_not_saved(tmp_path: Path, pair: tuple[float, float]) -> None:
     with pytest.raises(errors.InputScalesError, match="layer 3"):
         save_input_scales(tmp_path / "scales", {3: pair})
+    with pytest.raises(errors.InputScalesError, match="layer 3 routed expert 5"):
+        save_input_scales(tmp_path / "scales", {(3, 5): pair})
     assert list(tmp_path.iterdir()) == []

@@ -94,11 +94,37 @@ def test_routed_experts_from_a_checkpoint_are_those_of_the_model(
 
 def test_calibration_covers_routed_experts(model: nn.Module, tiny_checkpoint: Path) -> None:
     handle = swap_experts(model, activations="nvfp4", activation_scale="static")
-    shared = calibrate_model(model, [load_windows(tiny_checkpoint / "calibration.txt", 4)[0]])
-    assert shared.keys() == handle.routed.keys()
-    for experts in handle.routed.values():
+    scales = calibrate_model(model, [load_windows(tiny_checkpoint / "calibration.txt", 4)[0]])
+    assert scales.keys() == set(range(4)) | {(layer, expert) for layer in range(4) for expert in range(8)}
+    for layer, experts in handle.routed.items():
+        assert [scales[layer, n][1] for n in range(8)] == experts.hidden_scale.tolist()
         assert not experts.uncalibrated and experts.activation_scale == "static"
         assert (experts.hidden_scale > 0).all() and len(experts.hidden_scale.unique()) == 8
+
+
+def test_calibration_of_all_experts_goes_to_disk_and_back(
+    model: nn.Module, windows: tuple[Tensor, Tensor], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    handle = swap_experts(model, activations="nvfp4", activation_scale="static")
+    scales = calibrate_model(model, [load_windows(tiny_checkpoint / "calibration.txt", 4)[0]])
+    static = nats_per_byte(model, *windows)
+    save_input_scales(tmp_path / "scales.safetensors", scales)
+    convert(
+        tiny_checkpoint,
+        tmp_path / "nvfp4",
+        experts="all",
+        input_scales=load_input_scales(tmp_path / "scales.safetensors"),
+    )
+    handle.restore()
+    again = swap_experts(model, checkpoint=tmp_path / "nvfp4", activations="nvfp4")
+    assert {e.activation_scale for e in again.experts.values()} == {"static"}
+    assert nats_per_byte(model, *windows) == static
+
+
+def test_an_expert_that_no_token_reached_has_no_scale_to_write(model: nn.Module) -> None:
+    swap_experts(model)
+    scales = calibrate_model(model, [torch.tensor([[256]])])
+    assert sum(isinstance(expert, tuple) for expert in scales) == 4 * 2  # of eight experts one token reaches two
 
 
 def test_the_limit_comes_from_the_model(model: nn.Module) -> None:

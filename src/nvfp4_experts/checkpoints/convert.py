@@ -80,7 +80,8 @@ def convert(
             output is then a hybrid as NVIDIA's exports of DeepSeek V4 are.
         recipe: how scales are chosen where values are rounded (bf16, fp16, fp32, FP8); see `formats.recipes`.
         separate_scales: give gate and up their own global scale; default one for both.
-        input_scales: {layer: (input_scale, hidden_scale)} of shared experts, decode direction.
+        input_scales: {layer: (input_scale, hidden_scale)} of shared experts, {(layer, number): ...} of routed ones,
+            decode direction; as `calibrate_model` of integrations/transformers returns them.
         progress: called with (bytes written, bytes in all, name of the shard).
 
     Returns:

@@ -17,8 +17,8 @@ from .._version import __version__
 from ..errors import InputError
 from ..formats.nvfp4 import RECIPES
 from .dialects import NVFP4_LAYOUTS, OUTPUT_DIALECTS, Projection, output_specs
-from .errors import InputScalesError, NothingToConvertError
-from .input_scales import InputScales, check_input_scales
+from .errors import NothingToConvertError
+from .input_scales import Expert, InputScales, check_experts, check_input_scales
 from .reader import SINGLE_FILE, Checkpoint, ExpertEntry
 from .safetensors_file import TensorInfo, TensorSpec
 
@@ -122,18 +122,13 @@ def make_plan(checkpoint: Checkpoint, options: Options, other_files: Sequence[st
     """The plan of a conversion; `other_files` of the source are those that will be copied as they are.
 
     Raises:
-        InputScalesError: scales for a layer without a shared expert, or where shared experts are not converted.
+        InputScalesError: scales for an expert that is not there, or not converted.
         NothingToConvertError: no expert of the kind asked for, or each is already what was asked for.
         WrongShapeError: a K that is not a multiple of 16.
         Any problem of a selected expert, as `ExpertEntry.check` raises it.
     """
     scales = options.input_scales
-    if unknown := sorted(scales.keys() - set(checkpoint.layers)):
-        rule = f"layers with a shared expert are {checkpoint.layers}"
-        raise InputScalesError("input_scales", rule, f"layers {unknown}", "calibrate this checkpoint")
-    if scales and "shared" not in options.kinds:
-        got = f"{options.kinds[0]} experts alone"
-        raise InputScalesError("input_scales", "belong to shared experts", got, "convert the shared too")
+    check_experts(scales, {_expert(entry): entry.kind in options.kinds for entry in checkpoint.experts})
     entries = [e.check() for e in checkpoint.experts if e.kind in options.kinds]
     weights = [weight for entry in entries for weight in _plan_expert(entry, options, scales)]
     if not weights:
@@ -163,8 +158,12 @@ def _weight_name(projection: Projection) -> str:
     return projection.names[next(iter(projection.layout.roles))]
 
 
+def _expert(entry: ExpertEntry) -> Expert:
+    return entry.layer if entry.index is None else (entry.layer, entry.index)
+
+
 def _plan_expert(entry: ExpertEntry, options: Options, scales: InputScales) -> Iterator[WeightPlan]:
-    given = scales.get(entry.layer) if entry.kind == "shared" else None
+    given = scales.get(_expert(entry))
     for name, source in entry.projections.items():
         input_scale = None if given is None else given[name == "down"]
         has_input_scale = input_scale is not None or "input_scale" in source.names
@@ -189,7 +188,7 @@ def _fingerprint(checkpoint: Checkpoint, options: Options, other_files: Sequence
         stat = (checkpoint.directory / name).stat()
         files.append((name, stat.st_size, stat.st_mtime_ns))
     tensors = [(i.name, i.dtype, i.shape, i.shard, i.start, i.stop) for i in checkpoint.tensors.values()]
-    chosen = {**vars(options), "input_scales": sorted(options.input_scales.items())}
+    chosen = {**vars(options), "input_scales": list(options.input_scales.items())}
     described = [
         __version__,
         chosen,

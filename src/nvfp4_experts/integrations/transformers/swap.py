@@ -3,7 +3,7 @@
 
     handle = swap_experts(model)                                 quantise the model's own weights, routed and shared
     handle = swap_experts(model, checkpoint="nvfp4-dir")         or take them from an NVFP4 checkpoint of it
-    scales = calibrate_model(model, batches)                     {layer: (input_scale, hidden_scale)}
+    scales = calibrate_model(model, batches)                     {expert: (input_scale, hidden_scale)}
     handle.restore()
 
 `rule.py` says what counts as an expert.
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoints import Checkpoint, load_routed_experts, load_shared_expert, open_checkpoint
+from ...checkpoints.input_scales import InputScales
 from ...checkpoints.load import weighting_of
 from ...errors import CalibrationError, InputError
 from ...layers.checks import checked_choice
@@ -164,9 +165,7 @@ def set_activations(
 
 
 @torch.no_grad()
-def calibrate_model(
-    model: nn.Module, batches: Iterable[Any], percentile: float | None = None
-) -> dict[int, tuple[float, float]]:
+def calibrate_model(model: nn.Module, batches: Iterable[Any], percentile: float | None = None) -> InputScales:
     """Run batches through a model with NVFP4 experts and set their static scales from what they see.
 
     Args:
@@ -175,9 +174,9 @@ def calibrate_model(
         percentile: of |x| per expert and call, in (0, 100]; None is the maximum.
 
     Returns:
-        layer -> (input_scale, hidden_scale) of shared experts, for `save_input_scales` or `convert(...,
-        input_scales=...)`. Those of routed experts are in the modules, where `uncalibrated` names the ones that no
-        token reached; `save_pretrained` of a loaded model writes all of them.
+        (input_scale, hidden_scale) of each expert, for `save_input_scales` or `convert(..., input_scales=...)`: layer
+        -> of the shared one, (layer, number) -> of a routed one. Routed experts that no token reached are left out
+        (`uncalibrated` names them); `save_pretrained` of a loaded model writes the others' scales too.
 
     Raises:
         InputError: the model has no NVFP4 expert.
@@ -200,8 +199,15 @@ def calibrate_model(
     if blind := sorted(experts.keys() - reached):  # also one that has scales already, from a checkpoint
         got = f"{blind} unseen" if reached else "none"
         raise CalibrationError("batches", "must reach every expert module", got, "give batches of real text")
-    shared = {layer_number(name): e for name, e in experts.items() if isinstance(e, Nvfp4SharedExpert)}
-    return {layer: (e.input_scale, e.hidden_scale) for layer, e in shared.items()}  # type: ignore[misc]
+    scales: InputScales = {}
+    for name, expert in experts.items():
+        layer = layer_number(name)
+        if isinstance(expert, Nvfp4SharedExpert):
+            scales[layer] = expert.input_scale, expert.hidden_scale  # type: ignore[assignment]
+        else:
+            pairs = zip(expert.input_scale.tolist(), expert.hidden_scale.tolist(), strict=True)  # type: ignore[union-attr]
+            scales |= {(layer, n): pair for n, pair in enumerate(pairs) if n not in expert.uncalibrated}
+    return scales
 
 
 def _calibrating(name: str, experts: Any, percentile: float | None, reached: set[str]) -> Any:
