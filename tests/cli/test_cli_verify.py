@@ -33,7 +33,8 @@ def test_past_the_bound_exits_1_and_lists_the_offenders(modelopt: Path, tiny_che
     report = output_of(*arguments, "--max-error", bound, code=1)
     assert report["offenders"] == [f"layer {i} shared" for i, figure in enumerate(figures) if figure > bound]
     text = invoke(*arguments, "--max-error", bound, code=1).stdout
-    assert f"failed: {len(report['offenders'])} of 4 experts" in text
+    verdict = text[text.index("failed") :]
+    assert f"failed: {len(report['offenders'])} of 4 experts" in verdict and verdict.count("other bits") == 1
 
 
 def test_another_recipe_breaks_the_promise(modelopt: Path, tiny_checkpoint: Path) -> None:
@@ -43,6 +44,8 @@ def test_another_recipe_breaks_the_promise(modelopt: Path, tiny_checkpoint: Path
     assert broken and broken[0]["mismatch"]["part"] in ("codes", "block_scales")
     text = invoke(*arguments, code=1).stdout
     assert "not requantised by compressed-tensors" in text and "must be" in text
+    verdict = " ".join(text[text.index("failed") :].split())
+    assert "or with other bits than promised: layer 1 shared" in verdict and verdict.count("other bits") == 2
 
 
 def test_tables_show_formats_and_figures(modelopt: Path, tiny_checkpoint: Path) -> None:

@@ -228,7 +228,9 @@ def _print_verdict(out: Console, report: VerificationReport) -> None:
         out.print(f"[bold green]passed[/]: every expert within {report.max_error:g}")
         return
     out.print(
-        f"[bold red]failed[/]: {len(report.offenders)} of {len(report.experts)} experts past {report.max_error:g}:"
+        f"[bold red]failed[/]: {len(report.offenders)} of {len(report.experts)} experts past {report.max_error:g}, "
+        "or with other bits than promised:"
     )
     for expert in report.offenders:
-        out.print(f"    {expert.name}: {render.number(expert.bound_figure.rel_l2)}")
+        bits = ", other bits than promised" if expert.broken_promises else ""
+        out.print(f"    {expert.name}: {render.number(expert.bound_figure.rel_l2)}{bits}")

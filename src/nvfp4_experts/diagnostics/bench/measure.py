@@ -152,7 +152,7 @@ def bench(
     )
 
 
-def checked_device(device: torch.device | str | None) -> torch.device:
+def checked_device(device: torch.device | str | None, way_out: str = "try cpu") -> torch.device:
     """A device that can be used.
 
     Raises:
@@ -165,7 +165,7 @@ def checked_device(device: torch.device | str | None) -> torch.device:
         target_of(where)
         torch.empty(0, device=where)
     except (AssertionError, RuntimeError) as error:
-        raise UnsupportedError("device", "must be there", f"{device!r}: {brief(error)}", "try cpu") from error
+        raise UnsupportedError("device", "must be there", f"{device!r}: {brief(error)}", way_out) from error
     return where
 
 

@@ -68,12 +68,13 @@ def hopper(device: torch.device | str | None) -> tuple[torch.device, Target]:
     Raises:
         UnsupportedError: they do not, with the reason.
     """
-    where = checked_device(device)
+    way_out = "tune on the GPU that the table is for"
+    where = checked_device(device, way_out)
     target = target_of(where)
     reason = get_backend("sm90").refusal(Problem(64, 64, "bf16", target))
     if reason is not None:
         got = f"{target.name}: {reason}"
-        raise UnsupportedError("device", "must run the sm90 kernels", got, "tune on the GPU that the table is for")
+        raise UnsupportedError("device", "must run the sm90 kernels", got, way_out)
     return where, target
 
 
