@@ -127,8 +127,33 @@ def test_shares_of_a_layer_have_one_mode(tmp_path: Path) -> None:
     known = load_routed_experts(path, 1, experts=range(2), activation_scale="static", activations="nvfp4")
     assert known(torch.randn(3, 160), *routing(3)).isfinite().all()
     unknown = load_routed_experts(path, 1, activation_scale="static", activations="nvfp4")
-    with pytest.raises(CalibrationError, match="one for each expert"):
+    with pytest.raises(CalibrationError, match=r"scales of every expert, got none of 1 of 4 experts: 3; "):
         unknown(torch.randn(3, 160), *routing(3))
+
+
+def test_experts_without_scales_do_not_hide_those_of_the_others(tmp_path: Path) -> None:
+    """One expert lacks all, one that of h, one that of gate; the rest is there, in whole layers and in shares."""
+    tensors, _, config = factory.hybrid()
+    for lacking in ("1.w1", "1.w2", "1.w3", "3.w2", "0.w1"):
+        del tensors[f"layers.1.ffn.experts.{lacking}.input_scale"]
+    path = factory.write(tmp_path / "c", tensors, config)
+    factors, nan = 1 + torch.arange(E) / 4, torch.nan
+    want = torch.tensor([[nan, nan, 1, 1], [4, nan, 4, nan]]) * factors / 2688
+
+    def check(loaded: Nvfp4RoutedExperts, experts: list[int], uncalibrated: tuple[int, ...]) -> None:
+        for scales, known in zip((loaded.input_scale, loaded.hidden_scale), want, strict=True):
+            torch.testing.assert_close(scales, known[experts], rtol=0, atol=0, equal_nan=True)
+        assert loaded.uncalibrated == uncalibrated and loaded.activation_scale == "dynamic"
+
+    check(load_routed_experts(path, 1), [0, 1, 2, 3], (0, 1, 3))
+    check(load_routed_experts(path, 1, experts=[2, 1]), [2, 1], (1,))
+    routed = load_moe(path, 1, activations="nvfp4").routed
+    check(routed, [0, 1, 2, 3], (0, 1, 3))
+    assert routed(torch.randn(3, 160), *routing(3)).isfinite().all()
+    assert routed.fill_uncalibrated() == (0, 1, 3)
+    assert routed.with_activations("nvfp4", "static")(torch.randn(3, 160), *routing(3)).isfinite().all()
+    none = load_routed_experts(path, 1, experts=[1])
+    assert none.input_scale is None and none.hidden_scale is None and none.uncalibrated == (0,)
 
 
 @pytest.mark.parametrize(

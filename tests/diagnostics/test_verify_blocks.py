@@ -103,6 +103,18 @@ def test_static_scales_are_used_where_there_are_some(tmp_path: Path) -> None:
     assert found.to_dict()["blocks"][0]["bound_figure"] == found.blocks[0].bound_figure.rel_l2
 
 
+@pytest.mark.parametrize("missing", [(0, 5), 0])
+def test_static_scales_that_some_expert_lacks_are_not_used(
+    missing: object, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A routed expert without any leaves static out; a shared one without any is dynamic then."""
+    scales = {key: (0.004, 0.05) for key in (0, *((0, expert) for expert in range(8))) if key != missing}
+    convert(tiny_checkpoint, tmp_path / "c", experts="all", input_scales=scales)
+    found = verify_blocks(str(tmp_path / "c"), str(tiny_checkpoint), layers=[0], tokens=8, max_error=1.0)
+    labels = [output.label for output in found.blocks[0].outputs]
+    assert ("nvfp4 static" in labels) == (missing == 0) and "nvfp4 dynamic" in labels
+
+
 def test_what_does_not_fit_raises(converted: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
     ours, theirs = str(converted), str(tiny_checkpoint)
     with pytest.raises(InputError, match="routed experts"):

@@ -20,18 +20,22 @@ def run(root: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_a_model_over_two_processes(root: Path) -> None:
-    """torchrun, transformers, and a plan that has both shares (routed experts) and shards (the shared one)."""
+@pytest.mark.parametrize("plan", ["ep", "tp", "dispatch"])
+def test_a_model_over_two_processes(plan: str, root: Path) -> None:
+    """torchrun, `from_pretrained` of each process's part, `generate`; with dispatch on texts of different lengths."""
     pytest.importorskip("transformers")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    lines = [line for line in run(root, *torchrun, "-m", "examples.parallel", "--plan", "ep").splitlines() if line]
-    found = [
-        re.fullmatch(r"rank (\d): (\S+) of the bytes, logits (\S+) apart, alike on all ranks: True", x) for x in lines
-    ]
-    assert all(found) and sorted(match[1] for match in found) == ["0", "1"], lines
+    lines = [line for line in run(root, *torchrun, "-m", "examples.parallel", "--plan", plan).splitlines() if line]
+    form = r"rank (\d): (\S+) of the bytes, logits (\S+) apart, alike on all ranks: (\w+), (.*)"
+    found = [match for line in lines if (match := re.fullmatch(form, line))]
+    assert [match[1] for match in found] == ["0", "1"], lines
+    shared = plan == "dispatch"  # whole on every rank: one expert of nine
     for match in found:
-        assert float(match[2]) == pytest.approx(0.5, abs=0.01)
-        assert 0 < float(match[3]) <= OVER_RANKS["logits"]
+        assert float(match[2]) == pytest.approx(5 / 9 if shared else 0.5, abs=0.01)
+        assert float(match[3]) <= OVER_RANKS["logits"] and (match[3] != "0.0e+00") == (not shared)
+        assert match[4] == str(not shared)
+    assert found[0][5].startswith("'class Node(object):\\n    def __init__(self, other):")
+    assert (found[0][5] == found[1][5]) == (not shared)
 
 
 def test_quickstart(root: Path) -> None:

@@ -250,10 +250,12 @@ def test_calibration_goes_to_disk_and_back(
     assert nats_per_byte(again, *windows) == pytest.approx(nats_per_byte(model, *windows), abs=NATS_BOUND)
 
 
+@pytest.mark.parametrize("dialect", ["modelopt", "compressed-tensors"])
 def test_an_expert_that_calibration_did_not_reach_has_no_scale_on_disk(
-    load: Load, tiny_checkpoint: Path, tmp_path: Path
+    dialect: str, load: Load, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    convert(tiny_checkpoint, tmp_path / "source", experts="all")
+    """The others' scales are there, load, and are where a later calibration begins."""
+    convert(tiny_checkpoint, tmp_path / "source", experts="all", dialect=dialect)
     model = load(tmp_path / "source")
     calibrate_model(model, [torch.tensor([[256]])])
     routed = {name: e for name, e in experts_of(model).items() if isinstance(e, Nvfp4RoutedExperts)}
@@ -263,6 +265,40 @@ def test_an_expert_that_calibration_did_not_reach_has_no_scale_on_disk(
     for layer, experts in enumerate(routed.values()):
         has = {e.index for e in checkpoint.routed_experts(layer) if "input_scale" in e.projections["down"].names}
         assert has == set(range(8)) - set(experts.uncalibrated)
+
+    def halve(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(f".w1.{suffix}")]:
+            tensors[name] *= 0.5 if dialect == "modelopt" else 2
+
+    suffix = {"modelopt": "input_scale", "compressed-tensors": "input_global_scale"}[dialect]
+    partly = edited(tmp_path / "partly", tmp_path / "uneven", halve)  # up's scales are the layer's
+    again = load(partly, config=Nvfp4ExpertsConfig(activations="nvfp4"))
+    known = {name: e for name, e in experts_of(again).items() if name in routed}
+    before = {name: both_scales(e) for name, e in known.items()}
+    for name, experts in routed.items():
+        assert known[name].uncalibrated == experts.uncalibrated and known[name].activation_scale == "dynamic"
+        for got, want in zip(before[name], both_scales(experts), strict=True):
+            torch.testing.assert_close(got, want, rtol=2**-23, atol=0, equal_nan=True)  # of a reciprocal, one step
+    again.save_pretrained(tmp_path / "copy")
+    assert bytes_of(tmp_path / "copy") == bytes_of(partly) and declared(tmp_path / "copy") == declared(partly)
+
+    calibrate_model(again, [torch.tensor([[256, *b"import"]])])
+    again.save_pretrained(tmp_path / "more")
+    changed, kept = set(), 0
+    for layer, (name, experts) in enumerate(known.items()):
+        for was, now, words in zip(before[name], both_scales(experts), (("w1", "w3"), ("w2",)), strict=True):
+            assert (now >= was).sum() == (~was.isnan()).sum() < (~now.isnan()).sum()
+            numbers = ((now != was) & ~now.isnan()).nonzero().flatten().tolist()
+            changed |= {f"model.layers.{layer}.ffn.experts.{n}.{word}.{suffix}" for n in numbers for word in words}
+            kept += int((now == was).sum())
+    old, new = bytes_of(partly), bytes_of(tmp_path / "more")
+    assert {n for n in new if new[n] != old.get(n) and ".experts." in n} == changed and kept > 0
+    filled = next(experts for experts in known.values() if experts.uncalibrated)
+    assert filled.fill_uncalibrated() and not filled.uncalibrated
+
+
+def both_scales(experts: Nvfp4RoutedExperts) -> tuple[Tensor, Tensor]:
+    return experts.input_scale, experts.hidden_scale
 
 
 def test_the_experts_implementation_is_no_matter(load: Load) -> None:

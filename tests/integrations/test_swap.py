@@ -3,8 +3,13 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,17 +17,21 @@ import transformers
 from torch import Tensor, nn
 
 from examples.heldout import load_windows, nats_per_byte
-from nvfp4_experts import Nvfp4RoutedExperts, Nvfp4SharedExpert
-from nvfp4_experts.checkpoints import convert, load_input_scales, open_checkpoint, save_input_scales
-from nvfp4_experts.errors import CalibrationError, CheckpointError, InputError
+from nvfp4_experts import Nvfp4MoE, Nvfp4RoutedExperts, Nvfp4SharedExpert
+from nvfp4_experts.checkpoints import convert, load_input_scales, load_moe, open_checkpoint, save_input_scales
+from nvfp4_experts.errors import CalibrationError, CheckpointError, InputError, UnsupportedError
 from nvfp4_experts.integrations.transformers import (
     calibrate_model,
     experts_of,
     find_experts,
     find_shared_experts,
+    set_activations,
     swap_experts,
     swap_shared_experts,
 )
+from nvfp4_experts.layers.parallel import parallelize
+from nvfp4_experts.layers.part import part_of
+from nvfp4_experts.layers.routing import Router
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +46,7 @@ def model(original: nn.Module) -> nn.Module:
     yield original
     for name, module in modules.items():
         original.set_submodule(name, module)
+    vars(original).pop("save_pretrained", None)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +186,43 @@ def test_set_activations_changes_every_expert(model: nn.Module) -> None:
     }
 
 
+@pytest.mark.parametrize("by_handle", [True, False])
+def test_set_activations_packs_one_layer_at_a_time(
+    by_handle: bool, model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where another format has a backend of its own, as fp8 on Hopper: the old layer goes as the new one comes."""
+    monkeypatch.setattr(Nvfp4SharedExpert, "_choose", lambda self, _: {"fp8": "torch"}.get(self.activations, "cpu"))
+    handle = swap_shared_experts(model, activations="bf16")
+    packed = [weakref.ref(experts._weights()[0]) for experts in handle.experts.values()]
+    with_activations, alive = Nvfp4SharedExpert.with_activations, []
+
+    def counted(self: Nvfp4SharedExpert, *mode: Any) -> Nvfp4SharedExpert:
+        alive.append(sum(old() is not None for old in packed))
+        return with_activations(self, *mode)
+
+    monkeypatch.setattr(Nvfp4SharedExpert, "with_activations", counted)
+    if by_handle:
+        handle.set_activations("fp8")
+        assert handle.experts == experts_of(model)
+    else:
+        handle.experts.clear()
+        set_activations(model, "fp8")
+    assert {(experts.activations, experts.backend) for experts in experts_of(model).values()} == {("fp8", "torch")}
+    assert alive == [4, 3, 2, 1] and all(old() is None for old in packed)
+
+
+def test_activations_that_one_layer_cannot_have_change_none(model: nn.Module) -> None:
+    shared = swap_shared_experts(model, activations="nvfp4")
+    routed = swap_experts(model, experts="routed", activations="nvfp4", backend="exact")
+    before = experts_of(model)
+    for order in (shared.experts | routed.experts, routed.experts | shared.experts):
+        with pytest.raises(UnsupportedError, match="backend 'exact'"):
+            set_activations(model, "bf16", experts=order)
+    with pytest.raises(InputError, match="activation_scale"):
+        shared.set_activations("nvfp4", "fixed")
+    assert experts_of(model) == before == shared.experts | routed.experts
+
+
 def test_calibration_refuses(model: nn.Module) -> None:
     with pytest.raises(InputError, match="swap_experts"):
         calibrate_model(model, [])
@@ -197,6 +244,88 @@ def test_calibration_leaves_forward_alone_even_when_it_fails(model: nn.Module) -
     with pytest.raises(Exception, match="input_ids"):
         calibrate_model(model, [{"nonsense": 1}])
     assert all("forward" not in vars(e) and e.activations == "fp8" for e in handle.experts.values())
+
+
+@pytest.fixture
+def block() -> Nvfp4MoE:
+    """A whole block, its formats other than calibration's."""
+    scale, options = 0.2, {"activations": "nvfp4", "activation_scale": "static", "swiglu_limit": 0.5}
+    routed = Nvfp4RoutedExperts.from_weights(
+        *(scale * torch.randn(4, *shape) for shape in ((48, 32), (48, 32), (32, 48))), top_k=2, **options
+    )
+    shared = Nvfp4SharedExpert.from_weights(
+        *(scale * torch.randn(shape) for shape in ((48, 32), (48, 32), (32, 48))), **options
+    )
+    return Nvfp4MoE(Router(torch.randn(4, 32), 2), routed, shared)
+
+
+class OneBlock(nn.Module):
+    """A model of such a block, which may give it the memory for its result."""
+
+    def __init__(self, block: nn.Module, gives_out: bool = False) -> None:
+        super().__init__()
+        self.layers, self.gives_out = nn.ModuleList([block]), gives_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        y = self.layers[0](x, out=out) if self.gives_out else self.layers[0](x)
+        return out if self.gives_out else y
+
+
+@pytest.mark.parametrize("gives_out", [False, True])
+def test_calibration_of_whole_blocks(block: Nvfp4MoE, gives_out: bool) -> None:
+    """Their experts run together, past their own forward: both are calibrated, and the model runs on."""
+    x, parts, seen = torch.randn(40, 32).bfloat16(), copy.deepcopy(block), []
+    model = OneBlock(block, gives_out)
+    model.register_forward_hook(lambda *call: seen.append(call[2]))
+    scales = calibrate_model(model, [x])
+    parts.routed.calibrate(x, *parts.router(x))
+    parts.shared.calibrate(x)
+    assert scales == {0: (parts.shared.input_scale, parts.shared.hidden_scale)} | {
+        (0, n): pair
+        for n, pair in enumerate(
+            zip(parts.routed.input_scale.tolist(), parts.routed.hidden_scale.tolist(), strict=True)
+        )
+    }
+    in_bf16 = (part.with_activations("bf16") for part in (block.routed, block.shared))
+    assert torch.equal(seen[0], Nvfp4MoE(block.router, *in_bf16)(x))
+    assert block(x).isfinite().all()  # with the static scales, its methods its own again
+    assert not {"forward", "with_shared"} & (vars(block.routed).keys() | vars(block.shared).keys())
+
+
+@pytest.mark.parametrize("shared", ["keep", None])
+def test_calibration_of_blocks_without_an_nvfp4_shared_expert(
+    block: Nvfp4MoE, shared: str | None, tiny_checkpoint: Path
+) -> None:
+    """Which give their routed experts memory for the result."""
+    block = Nvfp4MoE(block.router, block.routed) if shared is None else load_moe(tiny_checkpoint, 1, shared=shared)
+    x, seen = torch.randn(30, block.routed.hidden_size).bfloat16(), []
+    model = OneBlock(block, gives_out=True)
+    model.register_forward_hook(lambda *call: seen.append(call[2]))
+    scales = calibrate_model(model, [x])
+    assert scales and all(isinstance(expert, tuple) for expert in scales)
+    again = Nvfp4MoE(block.router, block.routed.with_activations("bf16"), block.shared)
+    assert torch.equal(seen[0], again(x))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("plan", ["tp", "ep", "dispatch"])
+def test_a_model_over_ranks_was_to_be_calibrated_before(block: Nvfp4MoE, plan: str) -> None:
+    x, model = torch.randn(5, 32), OneBlock(copy.deepcopy(block))
+    calibrate_model(model, [torch.randn(40, 32)])
+    want = model(x)
+    parallelize(model, plan=plan)
+    assert torch.equal(model(x), want)
+    for parts in (model, OneBlock(part_of(block, plan, 0, 2))):
+        with pytest.raises(CalibrationError, match=r"one rank's part of layers\.0.*before parallelize"):
+            calibrate_model(parts, [x])
 
 
 class Mlp(nn.Module):
@@ -248,3 +377,46 @@ def test_swapping_twice_is_refused(model: nn.Module) -> None:
     swap_shared_experts(model)
     with pytest.raises(InputError, match="already"):
         swap_shared_experts(model)
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_swapped_model_is_not_saved(model: nn.Module, tmp_path: Path) -> None:
+    """transformers' own would write names that neither it nor anybody else reads."""
+    shared, routed = swap_shared_experts(model), swap_experts(model, experts="routed")
+    routed.set_activations("fp8")
+    for handle in (shared, routed):
+        with pytest.raises(UnsupportedError, match=r"save_pretrained.*restore\(\).*quantize.*Nvfp4ExpertsConfig"):
+            model.save_pretrained(tmp_path / "swapped")
+        handle.restore()
+    assert not (tmp_path / "swapped").exists() and "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path / "restored")
+    _, report = type(model).from_pretrained(tmp_path / "restored", output_loading_info=True)
+    assert not any(report.values())
+
+
+def test_originals_that_were_let_go_do_not_come_back_to_be_saved(model: nn.Module, tmp_path: Path) -> None:
+    handle = swap_shared_experts(model)
+    originals = dict(handle.originals)
+    handle.originals.clear()
+    handle.restore()
+    with pytest.raises(UnsupportedError, match=r"4 of them, model\.layers\.0\.mlp\.shared_experts for one"):
+        model.save_pretrained(tmp_path)
+    handle.originals.update(originals)
+    handle.restore()
+    assert "save_pretrained" not in vars(model)
+
+
+def test_what_somebody_else_put_in_the_place_of_save_pretrained_comes_back() -> None:
+    model = other_model(Mlp())
+    model.save_pretrained = str.upper
+    handle = swap_shared_experts(model)
+    for swapped in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(UnsupportedError, match="while experts are swapped"):
+            swapped.save_pretrained("there")
+    handle.restore()
+    assert model.save_pretrained is str.upper
+    del model.save_pretrained
+    swap_shared_experts(model)
+    assert not hasattr(model, "save_pretrained")

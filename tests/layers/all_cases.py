@@ -3,6 +3,6 @@
 
 from __future__ import annotations
 
-from tests.layers import parallel_cases, peers_cases
+from tests.layers import parallel_cases, parts_cases, peers_cases
 
-CASES = {**parallel_cases.CASES, **peers_cases.CASES}
+CASES = {**parallel_cases.CASES, **parts_cases.CASES, **peers_cases.CASES}

@@ -5,6 +5,7 @@ from .convert import ConversionReport, convert
 from .dialects import Projection
 from .input_scales import load_input_scales, save_input_scales
 from .load import load_kept_expert, load_moe, load_routed_experts, load_shared_expert
+from .parts import load_part
 from .projections import load_projection, projection_input_scale
 from .reader import Checkpoint, ExpertEntry, open_checkpoint
 from .router import load_router
@@ -20,6 +21,7 @@ __all__ = [
     "load_input_scales",
     "load_kept_expert",
     "load_moe",
+    "load_part",
     "load_projection",
     "load_routed_experts",
     "load_router",

@@ -11,6 +11,7 @@ Weights go to the device as they are stored, one expert at a time, and are decod
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -25,7 +26,9 @@ from ..kernels.target import usable_device
 from ..layers.kept_expert import KeptSharedExpert
 from ..layers.moe import Nvfp4MoE
 from ..layers.routed_experts import Nvfp4RoutedExperts
+from ..layers.shards import cut_channels
 from ..layers.shared_expert import Nvfp4SharedExpert
+from ..layers.streaming import Weight, quantize_expert
 from .errors import ConfigMismatchError, MissingConfigError, MissingExpertError
 from .plan import check_shared
 from .projections import load_projection, projection_input_scale
@@ -39,6 +42,7 @@ def load_shared_expert(
     device: str | torch.device = "cpu",
     max_tokens: int = 8192,
     *,
+    channels: range | None = None,
     activations: str = "auto",
     activation_scale: str | None = None,
     backend: str = "auto",
@@ -51,6 +55,8 @@ def load_shared_expert(
         layer: layer number, as in the tensor names.
         device: where the weights are prepared and the layer runs.
         max_tokens: the most tokens one call will bring.
+        channels: the run of I to keep, as `layers.shards.channels_of` gives it: those rows of gate and up, columns of
+            down. Default: all.
         activations: "nvfp4", "fp8", "bf16" or "auto".
         activation_scale: "static", "dynamic" or "per_token"; default: static if the checkpoint has input scales for
             gate, up and down, else dynamic.
@@ -64,6 +70,7 @@ def load_shared_expert(
         MissingExpertError, MissingConfigError, SuspiciousScaleError, and the errors of `open_checkpoint`.
         UnsupportedError: a device or backend that does not work here.
         FormatError: weights that hold NaN or infinity; MXFP4 whose exponents span more than the exact cast holds.
+        LayoutError: channels that are no run of whole blocks of 16.
 
     Numerics: one tensor enters both gate and up, so if their input scales differ the larger one is used: it covers
         the range of both. swiglu_limit is config.json's.
@@ -77,7 +84,7 @@ def load_shared_expert(
     input_scale, hidden_scale = shared_input_scales(checkpoint, entry)
     if activation_scale is None:
         activation_scale = "dynamic" if input_scale is None or hidden_scale is None else "static"
-    gate, up, down = _weights(checkpoint, entry, device)
+    gate, up, down = _weights(checkpoint, entry, device, channels, recipe)
     return Nvfp4SharedExpert.from_weights(
         gate,
         up,
@@ -124,6 +131,7 @@ def load_routed_experts(
     max_tokens: int = 8192,
     *,
     experts: Sequence[int] | None = None,
+    channels: range | None = None,
     activations: str = "auto",
     activation_scale: str | None = None,
     backend: str = "auto",
@@ -134,7 +142,7 @@ def load_routed_experts(
     """The routed experts of one layer of a checkpoint, or a share of them.
 
     Args:
-        path, layer, device, max_tokens, activations, backend, recipe: as for `load_shared_expert`.
+        path, layer, device, max_tokens, channels, activations, backend, recipe: as for `load_shared_expert`.
         experts: numbers of the experts to load, a range or a sequence; the module's expert i is experts[i]. With
             range(a, b), subtract a from a router's indices. Default: all.
         activation_scale: "static", "dynamic" or "per_token"; default: static if every expert of the layer, loaded or
@@ -153,7 +161,8 @@ def load_routed_experts(
         InputError: experts that are none, twice the same, or negative.
         And what `load_shared_expert` raises.
 
-    Numerics: as `load_shared_expert`, for each expert on its own; its static scales are its own.
+    Numerics: as `load_shared_expert`, for each expert on its own; its static scales are its own. Experts that the
+        checkpoint has none for are `uncalibrated`; the others keep theirs, whatever the mode.
 
     Cost: reads headers, and the input scales and weights of the experts asked for, one expert after the other: one in
         host memory, and one on the device beside the packed ones. What other experts hold is not read.
@@ -166,7 +175,7 @@ def load_routed_experts(
     if activation_scale is None:
         activation_scale = "static" if _has_input_scales(checkpoint.routed_experts(layer)) else "dynamic"
     return Nvfp4RoutedExperts.from_experts(
-        (_weights(checkpoint, entry, device) for entry in entries),
+        (_weights(checkpoint, entry, device, channels, recipe) for entry in entries),
         len(entries),
         device=device,
         recipe=recipe,
@@ -221,8 +230,7 @@ def load_moe(
     router = load_router(
         checkpoint, layer, device
     )  # small, and what is wrong with it shows before the weights are read
-    has_shared = layer in checkpoint.layers or checkpoint.setting("n_shared_experts") != 0
-    entry = checkpoint.shared_expert(layer) if has_shared else None
+    entry = shared_entry(checkpoint, layer)
     routed = load_routed_experts(
         checkpoint, layer, device, max_tokens,
         activations=activations, activation_scale=activation_scale, backend=backend, recipe=recipe, weighting=weighting,
@@ -240,6 +248,13 @@ def load_moe(
 
 
 # --- what the checkpoint says --------------------------------------------------------------------------------
+
+
+def shared_entry(checkpoint: Checkpoint, layer: int) -> ExpertEntry | None:
+    """The shared expert of a layer; None if there is none and config.json says so."""
+    if layer in checkpoint.layers or checkpoint.setting("n_shared_experts") != 0:
+        return checkpoint.shared_expert(layer)
+    return None
 
 
 def is_fp4(entry: ExpertEntry) -> bool:
@@ -285,16 +300,15 @@ def shared_input_scales(checkpoint: Checkpoint, entry: ExpertEntry) -> tuple[flo
 
 
 def routed_input_scales(checkpoint: Checkpoint, entries: Sequence[ExpertEntry]) -> tuple[Tensor | None, Tensor | None]:
-    """(E,) input scales and (E,) hidden scales of some experts; None and None unless each has both."""
-    if not _has_input_scales(entries):
-        return None, None
+    """(E,) input scales and (E,) hidden scales of some experts; NaN where unknown, None if all are."""
     pairs = [shared_input_scales(checkpoint, entry) for entry in entries]
-    input_scale, hidden_scale = torch.tensor(pairs, dtype=torch.float32).unbind(1)
+    known = torch.tensor([[math.nan if s is None else s for s in pair] for pair in pairs], dtype=torch.float32)
+    input_scale, hidden_scale = (None if scales.isnan().all() else scales for scales in known.unbind(1))
     return input_scale, hidden_scale
 
 
 def _has_input_scales(entries: Sequence[ExpertEntry]) -> bool:
-    """By the headers: nothing is read."""
+    """Whether each of some experts has all of its input scales; by the headers, nothing is read."""
     return all(
         len(entry.projections) == 3 and all("input_scale" in p.names for p in entry.projections.values())
         for entry in entries
@@ -315,14 +329,18 @@ def _check_config(checkpoint: Checkpoint) -> None:
 
 
 def _weights(
-    checkpoint: Checkpoint, entry: ExpertEntry, device: torch.device
-) -> tuple[Tensor | Nvfp4Tensor, Tensor | Nvfp4Tensor, Tensor | Nvfp4Tensor]:
-    """gate, up and down of an expert on a device, NVFP4 or floating. They cross over in the form they are stored in."""
+    checkpoint: Checkpoint, entry: ExpertEntry, device: torch.device, channels: range | None, recipe: str
+) -> tuple[Weight, Weight, Weight]:
+    """gate, up and down of an expert on a device. They cross over in the form they are stored in.
 
-    def load(name: str) -> Tensor | Nvfp4Tensor:
+    NVFP4 or floating; some channels alone NVFP4, since their scales are those of the whole.
+    """
+
+    def load(name: str) -> Weight:
         loaded = load_projection(checkpoint, entry.projections[name]).to(device)
         if isinstance(loaded, Mxfp4Tensor):
             return mxfp4_to_nvfp4(loaded)
         return loaded.dequantize() if isinstance(loaded, Fp8BlockTensor) else loaded
 
-    return load("gate"), load("up"), load("down")
+    weights = load("gate"), load("up"), load("down")
+    return weights if channels is None else cut_channels(*quantize_expert(*weights, recipe), channels)

@@ -149,7 +149,7 @@ def _verify_block(
     same = (true_routes[0].sort().values == own_routes[0].sort().values).all(-1).double().mean()
     outputs = []
     for activations, scale in FORMATS:
-        if scale == "static" and block.routed.input_scale is None:
+        if scale == "static" and block.routed.uncalibrated:
             continue
         y = _in_format(block, activations, scale)(x, ids)
         outputs.append(OutputError(activations, scale, compare(y, y_true), compare(y, y_own)))
@@ -188,6 +188,6 @@ def _in_format(block: Nvfp4MoE, activations: str, scale: str | None) -> Nvfp4MoE
     one that is kept stays as it is."""
     shared = block.shared
     if isinstance(shared, Nvfp4SharedExpert):
-        own = "dynamic" if scale == "static" and shared.input_scale is None else scale
+        own = "dynamic" if scale == "static" and None in (shared.input_scale, shared.hidden_scale) else scale
         shared = shared.with_activations(activations, own)
     return Nvfp4MoE(block.router, block.routed.with_activations(activations, scale), shared)

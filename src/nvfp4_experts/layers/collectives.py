@@ -22,8 +22,11 @@ from ..kernels.target import current_device
 FEW_BYTES = 4 << 20
 
 
-def checked_group(group: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.ProcessGroup, int, int]:
-    """A group (of a mesh with one dimension; None is the default group), this process's rank in it, and its size.
+def checked_group(group: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.ProcessGroup | None, int, int]:
+    """A group (of a mesh with one dimension), this process's rank in it, and its size.
+
+    None is the default group, and stays None: who keeps that group itself past `destroy_process_group` may see torch
+    abort the process as it ends.
 
     Raises:
         InputError: there is none, or this process is not in it.
@@ -32,18 +35,18 @@ def checked_group(group: dist.ProcessGroup | DeviceMesh | None) -> tuple[dist.Pr
         if group.ndim != 1:
             raise InputError("group", "must have one dimension", f"a mesh of {group.ndim}", 'name one: mesh["tp"]')
         group = group.get_group()
-    if group is None:
-        if not dist.is_initialized():
-            way_out = "start with torchrun and call torch.distributed.init_process_group()"
-            raise InputError("group", "must be a process group", "none, and there is no default", way_out)
-        group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+    if group is None and not dist.is_initialized():
+        way_out = "start with torchrun and call torch.distributed.init_process_group()"
+        raise InputError("group", "must be a process group", "none, and there is no default", way_out)
+    if group is dist.group.WORLD:
+        group = None
+    if not isinstance(group, dist.ProcessGroup | None) or dist.get_rank(group) < 0:
         got = f"{type(group).__name__}, without this process"
         raise InputError("group", "must be a process group that this process is in", got, "call it on its ranks alone")
     return group, dist.get_rank(group), dist.get_world_size(group)
 
 
-def agree(group: dist.ProcessGroup, mine: dict[str, Any], own: Sequence[str] = ()) -> list[dict[str, Any]]:
+def agree(group: dist.ProcessGroup | None, mine: dict[str, Any], own: Sequence[str] = ()) -> list[dict[str, Any]]:
     """What every rank says of its part, in rank order; a collective, on the host.
 
     Args:
@@ -68,7 +71,7 @@ def device_of(module: nn.Module | None) -> torch.device:
     return next((tensor.device for tensor in buffers), current_device())
 
 
-def gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """(R, ...): `mine`, of one shape everywhere, of every rank. No wait by the host (with NCCL)."""
     everyone = mine.new_empty(dist.get_world_size(group), *mine.shape)
     _gather_bytes(everyone, mine, group).wait()
@@ -76,7 +79,11 @@ def gather(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def exchange(
-    rows: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup, into: Tensor | None = None
+    rows: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: dist.ProcessGroup | None,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Rows (n, K) dealt out to ranks in order, `send[r]` to rank r; returns what came, `receive[r]` from rank r."""
     came = rows.new_empty(sum(receive), rows.shape[1]) if into is None else into
@@ -89,7 +96,7 @@ def padded(values: int, ranks: int) -> int:
     return -(-values // ranks) * ranks
 
 
-def sum_in_rank_order(part: Tensor, y: Tensor, group: dist.ProcessGroup) -> Iterator[None]:
+def sum_in_rank_order(part: Tensor, y: Tensor, group: dist.ProcessGroup | None) -> Iterator[None]:
     """y = ((part of rank 0 + part of rank 1) + ...), on every rank, in steps between which other work may be issued.
 
     Args:
@@ -131,7 +138,7 @@ def add_in_order(parts: Sequence[Tensor], out: Tensor) -> None:
     torch.add(total, parts[-1], out=out)
 
 
-def _gather_bytes(everyone: Tensor, mine: Tensor, group: dist.ProcessGroup) -> Any:
+def _gather_bytes(everyone: Tensor, mine: Tensor, group: dist.ProcessGroup | None) -> Any:
     # The second name is what torch before 2.13 calls it.
     collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return collect(everyone.view(-1).view(torch.uint8), mine.view(-1).view(torch.uint8), group, async_op=True)

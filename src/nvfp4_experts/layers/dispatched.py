@@ -26,7 +26,7 @@ from .checks import DTYPES, check_hidden_states, check_out, check_routing, check
 from .collectives import agree, checked_group, device_of, exchange, gather
 from .packed import NoBackward
 from .routed_experts import Nvfp4RoutedExperts
-from .shards import facts_of
+from .shards import check_modes, facts_of, modes_of
 
 COMBINES = ("slots", "ranks")
 
@@ -83,6 +83,7 @@ class DispatchedOverRanks(nn.Module):
         slots = (rows * self.top_k, 1) if combine == "slots" else (rows, self.top_k)
         # A layer of shared weights, made for all that can come to one rank; with "dynamic" one row more.
         self.local = None if local is None else local.with_capacity(slots[0] + self._dynamic, slots[1])
+        self._modes = modes_of(self.local)
 
     def forward(self, x: Tensor, topk_indices: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
         """Run the experts of this rank's tokens, wherever they are.
@@ -97,12 +98,13 @@ class DispatchedOverRanks(nn.Module):
             (..., H) in the dtype of x, or `out`.
 
         Raises:
-            InputError: an argument does not fit, on this rank while the others wait for it; or ranks differ in k or
-                dtype, on all of them. Nothing has been computed.
+            InputError: an argument does not fit, or the share's activations have changed, on this rank while the others
+                wait for it; or ranks differ in k or dtype, on all of them. Nothing has been computed.
             CalibrationError: static scales asked for and there are none.
         """
         check_hidden_states(x, self.hidden_size, self.max_tokens, x.device)
         check_routing(x, topk_indices, topk_weights, self.top_k, x.device)
+        check_modes(self._modes, self.local)
         if out is not None:
             check_out(x, out)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out

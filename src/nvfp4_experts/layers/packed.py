@@ -62,14 +62,16 @@ class PackedModule(nn.Module):
         Raises:
             InputError, UnsupportedError: as the class.
         """
-        other = self._twin()
-        device = self._weights()[0].device
-        other._set_activations(activations, activation_scale or self.activation_scale, device)
-        if other._choose(device) != self.backend:
+        other, backend = self._in_mode(activations, activation_scale)
+        if backend != self.backend:
             other._set_weights(*self._projections())
         else:
-            other._prepare(device)
+            other._prepare(self._weights()[0].device)
         return other
+
+    def check_activations(self, activations: str, activation_scale: str | None = None) -> None:
+        """Raise what `with_activations` raises for these arguments; no weight is touched."""
+        self._in_mode(activations, activation_scale)
 
     @property
     def resident_bytes(self) -> int:
@@ -88,6 +90,13 @@ class PackedModule(nn.Module):
         other = copy.copy(self)
         other.__dict__.update({name: copy.copy(v) for name, v in vars(self).items() if isinstance(v, dict)})
         return other
+
+    def _in_mode(self: _Self, activations: str, activation_scale: str | None) -> tuple[_Self, str]:
+        """A twin in another activation format, and the backend that it has to be packed for yet."""
+        other = self._twin()
+        device = self._weights()[0].device
+        other._set_activations(activations, activation_scale or self.activation_scale, device)
+        return other, other._choose(device)
 
     def _set_options(self, swiglu_limit: float | None, max_tokens: int, backend: str) -> None:
         self.swiglu_limit = checked_limit(swiglu_limit)

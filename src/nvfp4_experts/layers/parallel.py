@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Expert layers over the ranks of a process group, one process and one device each, and whole models so.
 
-    plan        tokens                    a rank holds                              what travels
-    "tp"        the same on every rank    a shard of every expert                   sums
-    "ep"        the same on every rank    a share of the routed experts, a shard    sums
-                                          of the shared one
-    "dispatch"  each rank's own           a share of the routed experts, the        rows to their experts, and back
-                                          whole shared one
+    plan        tokens                    what travels
+    "tp"        the same on every rank    sums
+    "ep"        the same on every rank    sums
+    "dispatch"  each rank's own           rows to their experts, and back
 
-Shards and shares: shards.py. Sums: `SummedOverRanks`, here. Rows: dispatched.py. docs/parallel.md has what the plans
-cost and what is bit for bit equal to what.
+What a rank holds: part.py. Sums: `SummedOverRanks`, here. Rows: dispatched.py. docs/parallel.md has what the plans cost
+and what is bit for bit equal to what.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -30,16 +29,15 @@ from .dispatched import DispatchedOverRanks
 from .kept_expert import KeptSharedExpert
 from .moe import Nvfp4MoE
 from .packed import NoBackward
+from .part import PLANS, LayerPart, part_of
 from .peers import Peers, peers_of
 from .routed_experts import Nvfp4RoutedExperts
-from .shards import experts_of, facts_of, shard_of, share_of
+from .shards import check_modes, facts_of, modes_of
 from .shared_expert import Nvfp4SharedExpert
 from .spread import Spread, spread_of
 
-PLANS = ("tp", "ep", "dispatch")
 _INPUTS = ("topk_indices", "topk_weights", "token_ids")
-
-_Layer = Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE
+_LAYERS = (Nvfp4SharedExpert, Nvfp4RoutedExperts, Nvfp4MoE, LayerPart)
 
 
 class SummedOverRanks(nn.Module):
@@ -65,7 +63,8 @@ class SummedOverRanks(nn.Module):
 
     Raises:
         InputError: no group, no part on any rank, or chunk_tokens below 1.
-        LayoutError: ranks whose layers differ in more than their part.
+        LayoutError: ranks whose layers differ in more than their part, or that have some experts in common, or (with a
+            router) leave some out.
         UnsupportedError: GPUs that should reach each other's memory do not; direct=False does without.
 
     Numerics: the same bits on every rank, and sums have the same with every backend of torch.distributed and with
@@ -97,10 +96,14 @@ class SummedOverRanks(nn.Module):
         if chunk_tokens is not None:
             checked_count("chunk_tokens", chunk_tokens, "give the tokens of a chunk, or None")
         options = {"chunk_tokens": chunk_tokens or 0, "direct": direct}  # ranks that differ would wait for each other
-        said = agree(self.group, {"shared": facts_of(shared), "routed": facts_of(routed)} | options)
+        run = None if routed is None else (first_expert, first_expert + routed.num_experts)
+        mine = {"shared": facts_of(shared), "routed": facts_of(routed), "experts": run} | options
+        said = agree(self.group, mine, own=["experts"])
         facts = [fact for rank in said for fact in (rank["shared"], rank["routed"]) if fact is not None]
         if not facts:
             raise InputError("shared and routed", "must be there on some rank", "none", "give each rank its part")
+        self._modes = modes_of(shared, routed)
+        check_cover([rank["experts"] for rank in said if rank["experts"]], getattr(router, "num_experts", None))
         sizes = {fact["hidden_size"] for fact in facts}
         if len(sizes) > 1:
             raise LayoutError("parts", "must have one hidden size", sizes, "build them from one layer's weights")
@@ -132,9 +135,11 @@ class SummedOverRanks(nn.Module):
             (..., H) in the dtype of x, or `out`.
 
         Raises:
-            InputError, CalibrationError: as the layer; on this rank, while the others wait for it.
+            InputError, CalibrationError: as the layer, or a part's activations have changed; on this rank, while the
+                others wait for it.
         """
         check_hidden_states(x, self.hidden_size, self.max_tokens, x.device)
+        check_modes(self._modes, self.shared, self.routed)
         if out is not None:
             check_out(x, out)
         inputs += tuple(named.pop(name) for name in _INPUTS if name in named)
@@ -219,6 +224,21 @@ def _advance(under_way: deque[Iterator[None]]) -> deque[Iterator[None]]:
 _DONE: Any = object()
 
 
+def check_cover(runs: list[tuple[int, int]], num_experts: int | None) -> None:
+    """Raise LayoutError unless ranks hold [first, end) of the experts each: all the same ones, or no two one.
+
+    Args:
+        runs: of the ranks that have routed experts.
+        num_experts: how many there are, and so must be held; None if that is not known.
+    """
+    runs = sorted(set(runs))
+    rule, way_out = "must be shards of the same experts, or shares that have none in common", "see experts_of()"
+    if any(first < end for (_, end), (first, _) in pairwise(runs)):
+        raise LayoutError("experts of the ranks", rule, runs, way_out)
+    if runs and num_experts is not None and sum(end - first for first, end in runs) != num_experts:
+        raise LayoutError("experts of the ranks", f"must be the router's {num_experts}", runs, way_out)
+
+
 def parallelize(
     model: nn.Module,
     group: ProcessGroup | DeviceMesh | None = None,
@@ -230,13 +250,15 @@ def parallelize(
 ) -> nn.Module:
     """Exchange every NVFP4 expert layer of a model for this rank's part of it.
 
-    What is looked for: `Nvfp4MoE`, and outside of it `Nvfp4SharedExpert` and `Nvfp4RoutedExperts`; any model that holds
-    such modules will do. A collective: every rank of the group calls it on the same model.
+    What is looked for: `Nvfp4MoE`, and outside of it `Nvfp4SharedExpert` and `Nvfp4RoutedExperts`, any model that holds
+    such modules; or the `LayerPart`s of a model that was loaded in parts. A collective: every rank of the group calls
+    it on the same model.
 
     Args:
-        model: the same weights on every rank; changed in place. It may itself be such a layer.
+        model: the same weights on every rank, or each rank's part of them, on the device where they will run; changed
+            in place. It may itself be such a layer.
         group: as for `SummedOverRanks`.
-        plan: one of PLANS; see the module docstring. "dispatch" leaves shared experts whole.
+        plan: one of PLANS; see part.py. "dispatch" leaves shared experts whole.
         combine: of "dispatch"; see `DispatchedOverRanks`.
         chunk_tokens, direct: of the others; see `SummedOverRanks`.
 
@@ -244,63 +266,57 @@ def parallelize(
         The model, or what stands in its place if it is such a layer itself.
 
     Raises:
-        InputError: an option outside its range, no group, or nothing to exchange.
+        InputError: an option outside its range, no group, nothing to exchange, or parts of another plan or rank.
         LayoutError: ranks whose layers differ.
 
-    Cost: one layer at a time is unpacked and its part packed. To load no more than a rank owns, load what `experts_of`
-        and `channels_of` say and build `SummedOverRanks` or `DispatchedOverRanks` around it.
+    Cost: one layer at a time is unpacked and its part packed; then the layer is let go.
     """
     checked_choice("plan", plan, PLANS)
     group, rank, ranks = checked_group(group)
-    found = _layers(model)
-    if plan == "dispatch":
-        found = {name: layer for name, layer in found.items() if not isinstance(layer, Nvfp4SharedExpert)}
-    if not found:
+    names = _names(model, plan)
+    if not names:
         way_out = "swap or build the model's experts first"
         raise InputError("model", f"must have NVFP4 experts that plan {plan!r} is for", "none", way_out)
-    for name, layer in found.items():
-        if plan == "dispatch":
-            part = _dispatched(layer, group, rank, ranks, combine)
-        else:
-            part = _summed(layer, group, rank, ranks, plan, chunk_tokens=chunk_tokens, direct=direct)
+    for name in names:
+        layer: Any = model.get_submodule(name)
+        part = layer if isinstance(layer, LayerPart) else part_of(layer, plan, rank, ranks)
+        if (part.plan, part.rank, part.ranks) != (plan, rank, ranks):
+            rule, got = f"must be for plan {plan!r}, rank {rank} of {ranks}", part.extra_repr()
+            raise InputError(f"part {name}", rule, got, "load it for the group and the plan that it will run in")
+        made = _dispatched(part, group, combine) if plan == "dispatch" else _summed(part, group, chunk_tokens, direct)
         if not name:
-            return part
-        model.set_submodule(name, part)
+            return made
+        model.set_submodule(name, made)
+        del layer, part, made  # the layer's memory goes before the next one's part is made
     return model
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> expert layer, those inside another left out."""
-    found: dict[str, Any] = {}
+def _names(model: nn.Module, plan: str) -> list[str]:
+    """Of the layers that a plan is for, those inside another left out."""
+    found: list[str] = []
     for name, module in model.named_modules():
         inside = any(not outer or name.startswith(f"{outer}.") for outer in found)
-        if isinstance(module, _Layer) and not inside:
-            found[name] = module
+        if isinstance(module, _LAYERS) and not inside:
+            found.append(name)
+    if plan == "dispatch":
+        return [name for name in found if not isinstance(model.get_submodule(name), Nvfp4SharedExpert)]
     return found
 
 
-def _summed(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, plan: str, **options: Any) -> nn.Module:
-    parts: dict[str, Any] = {"routed": layer} if isinstance(layer, Nvfp4RoutedExperts) else {"shared": layer}
-    if isinstance(layer, Nvfp4MoE):
-        parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
-    if isinstance(parts.get("shared"), KeptSharedExpert):
-        parts["shared"] = parts["shared"] if rank == 0 else None  # it has no shards
-    elif parts.get("shared") is not None:
-        parts["shared"] = shard_of(parts["shared"], rank, ranks)
-    whole = parts.get("routed")
-    if whole is not None and plan == "ep":
-        parts["routed"] = share_of(whole, rank, ranks)
-        parts["first_expert"] = experts_of(rank, ranks, whole.num_experts).start
-    elif whole is not None:
-        parts["routed"] = shard_of(whole, rank, ranks)
-    return SummedOverRanks(group, **parts, **options)
+def _summed(part: LayerPart, group: ProcessGroup | None, chunk_tokens: int | None, direct: bool) -> nn.Module:
+    return SummedOverRanks(
+        group,
+        shared=part.shared,
+        routed=part.routed,
+        router=part.router,
+        first_expert=part.first_expert,
+        chunk_tokens=chunk_tokens,
+        direct=direct,
+    )
 
 
-def _dispatched(layer: _Layer, group: ProcessGroup, rank: int, ranks: int, combine: str) -> nn.Module:
-    whole = layer.routed if isinstance(layer, Nvfp4MoE) else layer
-    assert isinstance(whole, Nvfp4RoutedExperts), "left out by the caller"
-    routed = DispatchedOverRanks(share_of(whole, rank, ranks), group, combine=combine)
-    if not isinstance(layer, Nvfp4MoE):
+def _dispatched(part: LayerPart, group: ProcessGroup | None, combine: str) -> nn.Module:
+    routed = DispatchedOverRanks(part.routed, group, combine=combine)
+    if part.router is None:
         return routed
-    layer.routed = routed  # type: ignore[assignment]
-    return layer
+    return Nvfp4MoE(part.router, routed, part.shared)  # type: ignore[arg-type]

@@ -115,11 +115,13 @@ class Peers:
             flat[begin:end].copy_(share)
 
 
-def peers_of(group: dist.ProcessGroup, device: torch.device) -> Peers | None:
+def peers_of(group: dist.ProcessGroup | None, device: torch.device) -> Peers | None:
     """The group's `Peers`, one for all its layers on a device; None, on every rank, where they do not reach each other.
 
-    A collective, on the host.
+    A collective, on the host. group: None is the default group.
     """
+    group = dist.group.WORLD if group is None else group
+    assert group is not None, "checked_group has seen it"
     known = _known.setdefault(group, {})
     if device not in known:
         facts = _gathered((socket.gethostname(), identity_of(device)), group)

@@ -255,7 +255,8 @@ class Nvfp4RoutedExperts(PackedModule):
         Numerics: experts that saw no token, or nothing but zeros (a routing weight of 0), keep the scales they had;
             those that never had any are `uncalibrated`. The activation mode in force does not change. Not for
             concurrent use.
-        Cost: beside the call, a pass over each hit expert's weights, unpacked one after the other; reads the device.
+        Cost: beside the call, a pass over each hit expert's weights, unpacked one after the other; reads the device. In
+            fp8 on Hopper each call packs all experts once more: calibrate in another format.
         """
         self._check_call(x, topk_indices, topk_weights, None, needs_static=False)
         check_percentile(percentile)

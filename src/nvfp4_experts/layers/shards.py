@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+from torch import nn
+
 from ..errors import InputError, LayoutError
 from ..formats.codes import BLOCK_SIZE
 from ..formats.nvfp4 import Nvfp4Tensor
@@ -138,3 +140,16 @@ def facts_of(layer: Nvfp4SharedExpert | KeptSharedExpert | Nvfp4RoutedExperts | 
         modes = {"activations": "bf16", "activation_scale": "dynamic"}
         return modes | {name: getattr(layer, name) for name in ("hidden_size", "swiglu_limit", "max_tokens")}
     return {"hidden_size": layer.hidden_size} | {n: v for n, v in _options(layer).items() if n != "backend"}
+
+
+def modes_of(*layers: nn.Module | None) -> list[tuple[str, str]]:
+    """(activations, activation_scale) of each of the parts that are there."""
+    facts = [facts_of(layer) for layer in layers]  # type: ignore[arg-type]
+    return [(fact["activations"], fact["activation_scale"]) for fact in facts if fact is not None]
+
+
+def check_modes(agreed: list[tuple[str, str]], *layers: nn.Module | None) -> None:
+    """Raise InputError if a part has changed its activations since the ranks agreed on them."""
+    if (now := modes_of(*layers)) != agreed:
+        way_out = "choose activations before parallelize(), on every rank"
+        raise InputError("activations", f"must be those that the ranks agreed on, {agreed}", now, way_out)

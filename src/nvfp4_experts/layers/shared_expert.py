@@ -178,6 +178,8 @@ class Nvfp4SharedExpert(PackedModule):
 
         Numerics: the activation mode in force does not change; ask for activation_scale="static" to use the scales.
             Not for concurrent use: of two calls at the same time, one may lose what the other saw.
+        Cost: beside the call, a pass over gate and up, unpacked; reads the device. In fp8 on Hopper each call packs the
+            weights once more: calibrate in another format.
         """
         self.check_call(x, None, needs_static=False)
         rows = x.reshape(-1, self.hidden_size)

@@ -163,7 +163,7 @@ class Spread:
         copy_rows(place, self._seen[rank][1].view(place.shape))
 
 
-def spread_of(group: ProcessGroup, peers: Peers, shard: nn.Module | None) -> Spread | None:
+def spread_of(group: ProcessGroup | None, peers: Peers, shard: nn.Module | None) -> Spread | None:
     """A lone sharded expert as a `Spread`, or None, on every rank, where it cannot be. A collective, on the host."""
     mine, kind = {"size": 0, "backend": ""}, None
     if isinstance(shard, Nvfp4SharedExpert):

@@ -22,6 +22,7 @@ from ...errors import InputError
 from ...formats.recipes import RECIPES
 from ...kernels.dispatch import ACTIVATION_SCALES, ACTIVATIONS, ALL_BACKENDS, WEIGHTINGS
 from ...layers.checks import checked_choice, checked_count
+from ...layers.part import PLANS
 
 METHOD = "nvfp4_experts"
 EXPERTS = ("stored", "shared", "routed", "all")
@@ -42,6 +43,8 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         max_tokens: the most tokens of one forward, batch times length; more raises.
         backend: name of a backend, or "auto".
         recipe: how experts that are not in four bits are quantised; see `quantize`.
+        plan: None loads experts whole. "tp", "ep" or "dispatch" loads this process's part of them, by the default
+            process group: call `layers.parallel.parallelize(model, plan=plan)` once the model is on its device.
 
     Raises:
         InputError: an option that is none of these, or a value outside its range.
@@ -56,6 +59,7 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         max_tokens: int = 8192,
         backend: str = "auto",
         recipe: str = "modelopt",
+        plan: str | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -67,6 +71,7 @@ class Nvfp4ExpertsConfig(QuantizationConfigMixin):
         for name, value, choices in (
             ("activation_scale", activation_scale, ACTIVATION_SCALES),
             ("weighting", weighting, WEIGHTINGS),
+            ("plan", plan, PLANS),
         ):
             setattr(self, name, None if value is None else checked_choice(name, value, choices))
         self.max_tokens = checked_count("max_tokens", max_tokens, "give the largest batch you will send")

@@ -3,8 +3,8 @@
 
 before loading   modules that will hold NVFP4 experts give way to empty ones
 loading          transformers loads all other tensors, and is told which ones are not its own (`source.py`)
-after loading    this package loads the experts, layer by layer, onto the device of their block; FP8 weights that
-                 transformers has loaded as numbers are multiplied by their scales
+after loading    this package loads the experts, layer by layer, onto the device of their block, or this rank's part of
+                 them; FP8 weights that transformers has loaded as numbers are multiplied by their scales
 saving           `saving.py`
 """
 
@@ -19,14 +19,16 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantizer
 
-from ...checkpoints import load_projection
+from ...checkpoints import load_part, load_projection
 from ...errors import UnsupportedError
 from ...formats.fp8_block import Fp8BlockTensor
+from ...layers.collectives import checked_group
+from ...layers.part import LayerPart
 from .config import METHOD, Nvfp4ExpertsConfig
-from .rule import ROUTED, kind_of, top_k_of
+from .rule import ROUTED, kind_of, layer_number, top_k_of
 from .saving import Saver
 from .source import Source, open_files
-from .swap import load_experts
+from .swap import Experts, load_experts
 
 OLDEST = "5.23"  # transformers whose hooks these are; pyproject.toml asks for it too
 
@@ -44,7 +46,7 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
 
     quantization_config: Nvfp4ExpertsConfig
     _source: Source
-    _saver: Saver
+    _saver: Saver | None  # None of a model in parts
 
     def __init__(self, quantization_config: Nvfp4ExpertsConfig, **kwargs: Any) -> None:
         super().__init__(
@@ -70,14 +72,16 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
         if Version(transformers.__version__) < Version(OLDEST):
             rule = f"needs transformers {OLDEST} or newer to load NVFP4 experts"
             raise UnsupportedError("from_pretrained", rule, transformers.__version__, "pip install -U transformers")
+        if self.quantization_config.plan is not None:
+            checked_group(None)
         if isinstance(device_map, dict) and "disk" in device_map.values():
             way_out = "give every layer a device"
             raise UnsupportedError("device_map", "must not offload to disk", "disk", way_out)
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> None:
         if getattr(model.config, "distributed_config", None) is not None:  # its plans would shard what is not there yet
-            way_out = "load without tp_plan and distributed_config"
-            raise UnsupportedError("NVFP4 experts", "are loaded whole", "a distributed model", way_out)
+            way_out = "load without tp_plan and distributed_config; Nvfp4ExpertsConfig(plan=...) loads a rank's part"
+            raise UnsupportedError("NVFP4 experts", "are not sharded by transformers", "a distributed model", way_out)
         self._source = Source(open_files(checkpoint_files), model, self.quantization_config.experts)
         for name in self._source.experts:
             model.set_submodule(name, _Awaited())
@@ -98,18 +102,29 @@ class Nvfp4ExpertsHfQuantizer(HfQuantizer):
             blocks = load_projection(source.checkpoint, projection)
             assert isinstance(blocks, Fp8BlockTensor)
             model.get_parameter_or_buffer(key).copy_(blocks.dequantize())
-        options = config.of_layers()
         for name in source.experts:
-            routed = {"weighting": config.weighting, "top_k": top_k_of(model)} if kind_of(name) == ROUTED else {}
-            experts = load_experts(source.checkpoint, name, _device_of_block(model, name), **options, **routed)
-            model.set_submodule(name, experts.eval())
-        self._saver = Saver(source, model, config.recipe)
+            model.set_submodule(name, self._load(model, name).eval())
+        self._saver = Saver(source, model, config.recipe) if config.plan is None else None
         del self._source
         config.declare(source.checkpoint.quantization)
         return model
 
+    def _load(self, model: Any, name: str) -> Experts | LayerPart:
+        """The experts of a module; this rank's part, where there is a plan for them."""
+        checkpoint, config, kind = self._source.checkpoint, self.quantization_config, kind_of(name)
+        assert kind is not None, "Source chooses by it"
+        device, options = _device_of_block(model, name), config.of_layers()
+        if kind == ROUTED:
+            options |= {"weighting": config.weighting, "top_k": top_k_of(model)}
+        if config.plan is None or (config.plan == "dispatch" and kind != ROUTED):
+            return load_experts(checkpoint, name, device, **options)
+        return load_part(checkpoint, layer_number(name), config.plan, None, device, kind=kind, **options)
+
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors as the checkpoint had them; the config says what they are."""
+        if self._saver is None:
+            rule, got = "writes whole experts", f"parts of them, plan={self.quantization_config.plan!r}"
+            raise UnsupportedError("save_pretrained", rule, got, "save a model that was loaded whole")
         tensors = self._saver.tensors(model)
         self.quantization_config.declare(self._saver.declared(tensors, model))
         return tensors, {}

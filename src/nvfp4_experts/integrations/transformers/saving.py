@@ -113,14 +113,12 @@ class Saver:
 
     def _experts(self, name: str, experts: Experts) -> Iterator[tuple[str, Tensor]]:
         weights = dict(zip(PROJECTIONS, experts._projections(), strict=True))
-        scales = _static_scales(experts)
-        recalibrated = not _equal(self._scales[name], scales)
+        read, scales = self._scales[name], _static_scales(experts)
         for number, expert in enumerate(self._stored[name]):
             for projection, stored in expert.items():
-                of_all, scale = weights[projection], scales[projection == "down"]
+                of_all, which = weights[projection], projection == "down"
                 w = of_all if isinstance(of_all, Nvfp4Tensor) else of_all[number]
-                known = recalibrated and scale is not None and not scale[number].isnan()
-                yield from _projection(stored, w, scale[number] if known and scale is not None else None)
+                yield from _projection(stored, w, _new_scale(read[which], scales[which], number))
 
 
 def _layouts(checkpoint: Checkpoint, entry: ExpertEntry, dialect: str) -> dict[str, _Stored]:
@@ -159,6 +157,13 @@ def _static_scales(experts: Any) -> _StaticScales:
     scales = (experts.input_scale, experts.hidden_scale)
     found = [None if s is None else torch.as_tensor(s, dtype=torch.float32).reshape(-1).cpu() for s in scales]
     return found[0], found[1]
+
+
+def _new_scale(read: Tensor | None, scales: Tensor | None, number: int) -> Tensor | None:
+    """The static scale of an expert, if it is known and is not the one that was read."""
+    if scales is None or scales[number].isnan() or (read is not None and read[number] == scales[number]):
+        return None
+    return scales[number]
 
 
 def _equal(one: _StaticScales, other: _StaticScales) -> bool:

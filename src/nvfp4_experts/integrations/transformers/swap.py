@@ -11,10 +11,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,17 @@ from torch import Tensor, nn
 from ...checkpoints import Checkpoint, load_routed_experts, load_shared_expert, open_checkpoint
 from ...checkpoints.input_scales import InputScales
 from ...checkpoints.load import weighting_of
-from ...errors import CalibrationError, InputError
+from ...errors import CalibrationError, InputError, UnsupportedError
 from ...layers.checks import checked_choice
+from ...layers.dispatched import DispatchedOverRanks
+from ...layers.parallel import SummedOverRanks
+from ...layers.part import LayerPart
 from ...layers.routed_experts import Nvfp4RoutedExperts
 from ...layers.shared_expert import Nvfp4SharedExpert
 from .rule import ROUTED, SHARED, find_experts, kind_of, layer_number, setting, swiglu_limit, top_k_of, weights_of
 
 Experts = Nvfp4SharedExpert | Nvfp4RoutedExperts
+_OVER_RANKS = (SummedOverRanks, DispatchedOverRanks, LayerPart)
 
 
 @dataclass(frozen=True)
@@ -55,13 +60,14 @@ class SwapHandle:
         return {layer_number(name): e for name, e in self.experts.items() if isinstance(e, Nvfp4RoutedExperts)}
 
     def set_activations(self, activations: str, activation_scale: str | None = None) -> None:
-        """Change the activation format of all swapped experts; weights stay where they are."""
-        self.experts.update(set_activations(self.model, activations, activation_scale, self.experts))
+        """`set_activations` for all swapped experts."""
+        _exchange(self.model, self.experts, activations, activation_scale)
 
     def restore(self) -> None:
         """Put the original modules back."""
         for name, original in self.originals.items():
             self.model.set_submodule(name, original)
+        _let_save(self.model, self.originals)
 
 
 def swap_experts(
@@ -88,7 +94,8 @@ def swap_experts(
             The SwiGLU limit comes from the module or its config, or from the checkpoint's; top_k from the config.
 
     Returns:
-        A handle with the experts and `restore()`.
+        A handle with the experts and `restore()`. Until then `model.save_pretrained` raises UnsupportedError: nobody
+        could load what it would write.
 
     Raises:
         InputError: the model has no such experts, or some that do not fit; the model is unchanged.
@@ -115,6 +122,7 @@ def swap_experts(
             swapped[name] = layer.from_weights(*weights, swiglu_limit=swiglu_limit(name, module, model), **own)
     for name, expert in swapped.items():
         model.set_submodule(name, expert)
+    _keep_from_saving(model, swapped)
     return SwapHandle(model, swapped, originals)
 
 
@@ -144,7 +152,7 @@ def set_activations(
     activation_scale: str | None = None,
     experts: Mapping[str, Experts] | None = None,
 ) -> dict[str, Experts]:
-    """Give a model's NVFP4 experts another activation format; weights stay where they are.
+    """Give a model's NVFP4 experts another activation format.
 
     Args:
         model: with NVFP4 experts, swapped or loaded.
@@ -156,12 +164,22 @@ def set_activations(
 
     Raises:
         InputError, UnsupportedError: as the layers; the model is unchanged.
+
+    Cost: weights stay where they are, except to and from fp8 on Hopper, where each layer is packed again: one at a
+        time, and the old form goes as the new one comes, unless the caller holds it (in `experts`, say).
     """
-    chosen = experts_of(model) if experts is None else experts
-    changed = {name: module.with_activations(activations, activation_scale) for name, module in chosen.items()}
-    for name, module in changed.items():
-        model.set_submodule(name, module)
+    changed = dict(experts_of(model) if experts is None else experts)
+    _exchange(model, changed, activations, activation_scale)
     return changed
+
+
+def _exchange(model: nn.Module, experts: dict[str, Experts], activations: str, activation_scale: str | None) -> None:
+    """Change experts in the model and in `experts` one after the other, so that no two are there in both forms."""
+    for name in experts:
+        experts[name].check_activations(activations, activation_scale)
+    for name in experts:
+        experts[name] = experts[name].with_activations(activations, activation_scale)
+        model.set_submodule(name, experts[name])
 
 
 @torch.no_grad()
@@ -169,7 +187,8 @@ def calibrate_model(model: nn.Module, batches: Iterable[Any], percentile: float 
     """Run batches through a model with NVFP4 experts and set their static scales from what they see.
 
     Args:
-        model: a model whose experts have been swapped, or loaded by `from_pretrained`.
+        model: a model whose experts have been swapped, or loaded by `from_pretrained`; or one with `Nvfp4MoE` blocks.
+            Whole: calibrate before `parallelize`.
         batches: each a tensor of token ids (B, S), or a mapping of keyword arguments for the model.
         percentile: of |x| per expert and call, in (0, 100]; None is the maximum.
 
@@ -180,22 +199,28 @@ def calibrate_model(model: nn.Module, batches: Iterable[Any], percentile: float 
 
     Raises:
         InputError: the model has no NVFP4 expert.
-        CalibrationError: no batches, or an expert saw nothing, zeros or NaN.
+        CalibrationError: no batches, or an expert saw nothing, zeros or NaN; or the model is in parts, over ranks.
 
     Numerics: experts run with bf16 activations meanwhile; their activation modes are unchanged afterwards.
+
+    Cost: that of `calibrate` of the layers: those in fp8 on Hopper pack their weights once more for every batch.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, _OVER_RANKS):
+            got = f"one rank's part of {name or type(module).__name__}"
+            way_out = "calibrate the whole model before parallelize(), which keeps static scales"
+            raise CalibrationError("model", "must have its experts whole", got, way_out)
     experts = experts_of(model)
     if not experts:
         raise InputError("model", "must have NVFP4 experts", "none", "call swap_experts first")
     reached: set[str] = set()
-    try:
+    with ExitStack() as undo:
         for name, expert in experts.items():
-            expert.forward = _calibrating(name, expert, percentile, reached)  # type: ignore[method-assign]
+            for method, calibrate in _calibrating(name, expert, percentile, reached).items():
+                setattr(expert, method, calibrate)
+                undo.callback(delattr, expert, method)
         for batch in batches:
             model(**batch) if isinstance(batch, Mapping) else model(batch)
-    finally:
-        for expert in experts.values():
-            del expert.forward
     if blind := sorted(experts.keys() - reached):  # also one that has scales already, from a checkpoint
         got = f"{blind} unseen" if reached else "none"
         raise CalibrationError("batches", "must reach every expert module", got, "give batches of real text")
@@ -210,10 +235,72 @@ def calibrate_model(model: nn.Module, batches: Iterable[Any], percentile: float 
     return scales
 
 
-def _calibrating(name: str, experts: Any, percentile: float | None, reached: set[str]) -> Any:
-    def calibrate(*arguments: Tensor) -> Tensor:
-        y: Tensor = experts.calibrate(*arguments, percentile=percentile)
-        reached.add(name)
-        return y
+def _calibrating(
+    name: str, experts: Any, percentile: float | None, reached: set[str]
+) -> dict[str, Callable[..., Tensor]]:
+    """What stands in for the methods of a layer that is being calibrated: the same arguments, the same results."""
 
-    return calibrate
+    def calibrate(x: Tensor, routing: tuple[Tensor, ...], out: Tensor | None) -> Tensor:
+        x = x if out is None else x.to(out.dtype)  # of fp32 the sum, not rounded
+        y: Tensor = experts.calibrate(x, *routing, percentile=percentile)
+        reached.add(name)
+        return y if out is None else out.copy_(y)
+
+    def shared_forward(x: Tensor, out: Tensor | None = None) -> Tensor:
+        return calibrate(x, (), out)
+
+    def forward(x: Tensor, topk_indices: Tensor, topk_weights: Tensor, out: Tensor | None = None) -> Tensor:
+        return calibrate(x, (topk_indices, topk_weights), out)
+
+    def with_shared(
+        x: Tensor, topk_indices: Tensor, topk_weights: Tensor, shared: nn.Module, out: Tensor | None = None
+    ) -> Tensor:
+        total = forward(x, topk_indices, topk_weights, torch.empty(x.shape, device=x.device))
+        total += shared(x, torch.empty_like(total))  # which has a stand-in of its own
+        return total.to(x.dtype) if out is None else out.copy_(total)
+
+    if isinstance(experts, Nvfp4SharedExpert):
+        return {"forward": shared_forward}
+    return {"forward": forward, "with_shared": with_shared}
+
+
+# --- saving while experts are swapped ------------------------------------------------------------------------------
+
+
+class _SavingRefused:
+    """Stands for a model's `save_pretrained` while experts are swapped: it would write names that no reader knows.
+
+    Args:
+        former: what stood there, if not the method of the model's class.
+    """
+
+    def __init__(self, former: Any) -> None:
+        self.former, self.swapped = former, set[str]()
+
+    def __call__(self, *_: Any, **__: Any) -> NoReturn:
+        got = f"{len(self.swapped)} of them, {min(self.swapped)} for one"
+        way_out = (
+            "call restore() of the handle first; an NVFP4 checkpoint is written by `nvfp4-experts quantize`, or by "
+            'save_pretrained of a model loaded with Nvfp4ExpertsConfig(experts="all")'
+        )
+        raise UnsupportedError("save_pretrained", "must not be called while experts are swapped", got, way_out)
+
+
+def _keep_from_saving(model: Any, names: Iterable[str]) -> None:
+    if not hasattr(model, "save_pretrained"):
+        return
+    if not isinstance(model.save_pretrained, _SavingRefused):
+        model.save_pretrained = _SavingRefused(vars(model).get("save_pretrained"))
+    model.save_pretrained.swapped.update(names)
+
+
+def _let_save(model: Any, names: Iterable[str]) -> None:
+    """Once all that were swapped are back: two handles may be restored in any order."""
+    refused = vars(model).get("save_pretrained")
+    if not isinstance(refused, _SavingRefused):
+        return
+    refused.swapped.difference_update(names)
+    if not refused.swapped:
+        del model.save_pretrained
+        if refused.former is not None:
+            model.save_pretrained = refused.former

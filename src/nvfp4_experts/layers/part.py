@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one rank holds of an expert layer under a plan, before the ranks are brought together.
+
+    plan        routed experts    the shared one
+    "tp"        a shard           a shard
+    "ep"        a share           a shard
+    "dispatch"  a share           the whole
+
+Shards and shares: shards.py. `parallelize` makes a part of each whole layer it finds; `checkpoints.load_part` reads one
+from disk, and nothing beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+
+from ..errors import InputError
+from .kept_expert import KeptSharedExpert
+from .moe import Nvfp4MoE
+from .routed_experts import Nvfp4RoutedExperts
+from .shards import experts_of, shard_of, share_of
+from .shared_expert import Nvfp4SharedExpert
+
+PLANS = ("tp", "ep", "dispatch")
+
+
+class LayerPart(nn.Module):
+    """A rank's part of a layer: it holds weights, and cannot be called until `parallelize` has put it to work.
+
+    Args:
+        plan: one of PLANS.
+        rank, ranks: whose part it is.
+        routed, shared: what the rank holds; None where it has nothing.
+        router: of a whole block, or None.
+        first_expert: what the first of `routed` is called in the indices.
+    """
+
+    def __init__(
+        self,
+        plan: str,
+        rank: int,
+        ranks: int,
+        *,
+        routed: Nvfp4RoutedExperts | None = None,
+        shared: Nvfp4SharedExpert | KeptSharedExpert | None = None,
+        router: nn.Module | None = None,
+        first_expert: int = 0,
+    ) -> None:
+        super().__init__()
+        self.plan, self.rank, self.ranks, self.first_expert = plan, rank, ranks, first_expert
+        self.routed, self.shared, self.router = routed, shared, router
+
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise InputError: alone a part gives no result."""
+        got, way_out = f"the part of rank {self.rank}", f"call parallelize(model, plan={self.plan!r}) on every rank"
+        raise InputError("an expert layer over ranks", "must be parallelized before it is called", got, way_out)
+
+    def extra_repr(self) -> str:
+        return f"plan={self.plan!r}, rank={self.rank} of {self.ranks}, first_expert={self.first_expert}"
+
+
+def part_of(layer: Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE, plan: str, rank: int, ranks: int) -> LayerPart:
+    """A rank's part of a whole layer.
+
+    Cost: unpacks the layer and packs the part, in memory of its own.
+    """
+    parts: dict[str, Any] = {"routed": layer} if isinstance(layer, Nvfp4RoutedExperts) else {"shared": layer}
+    if isinstance(layer, Nvfp4MoE):
+        parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
+    shared, routed = parts.get("shared"), parts.get("routed")
+    if plan != "dispatch" and isinstance(shared, KeptSharedExpert):
+        parts["shared"] = shared if rank == 0 else None  # it has no shards
+    elif plan != "dispatch" and shared is not None:
+        parts["shared"] = shard_of(shared, rank, ranks)
+    if routed is not None and plan == "tp":
+        parts["routed"] = shard_of(routed, rank, ranks)
+    elif routed is not None:
+        parts["routed"] = share_of(routed, rank, ranks)
+        parts["first_expert"] = experts_of(rank, ranks, routed.num_experts).start
+    return LayerPart(plan, rank, ranks, **parts)
