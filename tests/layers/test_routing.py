@@ -14,6 +14,7 @@ from nvfp4_experts.errors import InputError, LayoutError
 from nvfp4_experts.layers.routing import SCORINGS, Router
 
 E, H, K, VOCABULARY = 12, 32, 4, 20
+REFUSED_IDS = (torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16)
 
 transformers = pytest.importorskip("transformers")
 modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
@@ -100,6 +101,9 @@ def test_what_is_refused() -> None:
         ({"top_k": E + 1}, InputError),
         ({"bias": torch.ones(E - 1)}, LayoutError),
         ({"tid2eid": table[:, 1:]}, LayoutError),
+        ({"tid2eid": table.bool()}, LayoutError),
+        ({"tid2eid": table + E}, InputError),
+        ({"tid2eid": table - 1}, InputError),
         ({"tid2eid": table, "bias": torch.ones(E)}, InputError),
         ({"scoring": "guess"}, InputError),
     ]:
@@ -107,6 +111,38 @@ def test_what_is_refused() -> None:
             Router(**{"weight": weight, "top_k": K, **arguments})
     with pytest.raises(InputError, match="x: must be"):
         Router(weight, K)(torch.randn(2, H + 1))
-    for ids in (None, torch.zeros(3, dtype=torch.int64), torch.zeros(2)):
+    good = torch.zeros(2, dtype=torch.int64)
+    for ids in (None, torch.zeros(3, dtype=torch.int64), *map(good.to, REFUSED_IDS), good.to("meta")):
         with pytest.raises(InputError, match="token_ids"):
             Router(weight, K, tid2eid=table)(torch.randn(2, H), ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_ids_outside_the_table_do_not_wrap_around(dtype: torch.dtype) -> None:
+    table = torch.rand(VOCABULARY, E).argsort(-1)[:, :K]
+    router, x = Router(torch.randn(E, H), K, tid2eid=table), torch.randn(2, H)
+    ids = torch.tensor([0, VOCABULARY - 1], dtype=dtype)
+    assert torch.equal(router(x, ids)[0], table[[0, -1]])
+    assert torch.equal(router(x[1], ids[1])[0], table[-1])
+    for bad in (-1, -VOCABULARY, VOCABULARY):
+        with pytest.raises(IndexError):
+            router(x, ids.index_fill(0, torch.tensor(1), bad))
+
+
+def test_compiled_code_refuses_negative_ids_too() -> None:
+    torch._dynamo.reset()
+    router, x = Router(torch.randn(E, H), K, tid2eid=torch.zeros(VOCABULARY, K, dtype=torch.int64)), torch.randn(2, H)
+    compiled = torch.compile(router, fullgraph=True)
+    assert torch.equal(compiled(x, torch.tensor([0, 1]))[0], router(x, torch.tensor([0, 1]))[0])
+    with pytest.raises((IndexError, RuntimeError), match="index"):
+        compiled(x, torch.tensor([0, -1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32], ids=str)
+def test_tables_of_any_integers(dtype: torch.dtype) -> None:
+    table, x = torch.rand(VOCABULARY, E).argsort(-1)[:, :K].to(dtype), torch.randn(3, H)
+    weight = torch.randn(E, H)
+    assert torch.equal(Router(weight, K, tid2eid=table)(x, torch.tensor([0, 7, 3]))[0], table[[0, 7, 3]].long())
+    moved = Router(weight.to("meta"), K, tid2eid=table.to("meta"))
+    assert moved(x.to("meta"), torch.zeros(3, dtype=torch.int64, device="meta"))[0].shape == (3, K)
+    assert Router(weight, K, tid2eid=table[:0]).tid2eid.shape == (0, K)

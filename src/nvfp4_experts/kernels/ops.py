@@ -10,13 +10,15 @@
 
 `weights` are what the named backend's `pack` made, in its order (but for kept_expert); `reference.py` says what is
 computed.
-Arguments have been checked by the layer; an op only forwards them to the backend.
+Arguments have been checked by the layer; an op only forwards them to the backend. torch.autocast changes nothing here:
+it would have the matmuls of backends in plain torch round to bf16.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -34,17 +36,40 @@ _TILE = 1 << 20  # values, of ops that run in plain torch
 _LIBRARY = torch.library.Library("nvfp4_experts", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
+# Devices that autocast knows; torch raises when asked about another, as "meta".
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which torch multiplies tensors of that device in their own dtype; none where autocast is off."""
+    if device.type in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
 
 def _register(
     name: str, function: Callable[..., Any], fake: Callable[..., Any], writes: str = ""
 ) -> Callable[..., Any]:
-    """The op of that name and the signature of `function`, which runs it on every device; `writes`: an argument."""
+    """The op of that name and the signature of `function`, which runs it on every device; `writes`: an argument.
+
+    The dispatcher takes the kernels of autocast while that is on and only then, so other calls do not pay for them.
+    """
     schema = torch.library.infer_schema(function, mutates_args={writes} if writes else ())
     _LIBRARY.define(name + schema, tags=_TAGS)
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4_experts::{name}", fake, lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.nvfp4_experts, name).default
+    for device_type in _AUTOCAST_DEVICES:
+        _LIBRARY.impl(name, _outside_autocast(op, device_type), f"Autocast{device_type.upper()}")
     return op
+
+
+def _outside_autocast(op: Callable[..., Any], device_type: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return op(*arguments)
+
+    return run
 
 
 def _register_both(name: str, write: Callable[..., None]) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -159,6 +184,7 @@ def hidden_states(x: Tensor, gate: Nvfp4Tensor, up: Nvfp4Tensor, swiglu_limit: f
     calibration is offline.
     """
     call = Call(swiglu_limit, "bf16", "dynamic")
-    values, scale = tiled.enter(x, call, None)
-    weights = tiled.tiles_of(gate, up, gate, _TILE)
-    return tiled.intermediate(values, scale, weights, gate.shape[0], call, torch.float32)
+    with without_autocast(x.device):
+        values, scale = tiled.enter(x, call, None)
+        weights = tiled.tiles_of(gate, up, gate, _TILE)
+        return tiled.intermediate(values, scale, weights, gate.shape[0], call, torch.float32)

@@ -40,7 +40,7 @@ class KeptSharedExpert(nn.Module):
 
     Numerics: as `Nvfp4SharedExpert` with activations="bf16": x and h are rounded to bf16, weights are exact (their
         products and sums, the clamp and SwiGLU fp32), the result is rounded once to the dtype of x. An FP8 value times
-        an fp32 scale is rounded once, to fp32.
+        an fp32 scale is rounded once, to fp32. torch.autocast changes nothing.
 
     Cost: 1 byte per weight and a scale per block resident, or the floating weights; per call the weights are decoded
         once, a tile of 2^20 values at a time. fp32 scales and fp16 or fp32 weights multiply in fp32. Inference only.

@@ -35,6 +35,7 @@ class Nvfp4MoE(nn.Module):
         InputError: the router chooses more experts than `routed` takes.
 
     Numerics: the routed sum and the shared expert's result are fp32, added in this order and rounded once.
+        torch.autocast changes nothing, but in a router that is not a `Router`.
 
     Cost: that of its parts; where they have one size and format, on a GPU in one launch while tokens are few, on a CPU
         in one native call. Inference only.
@@ -69,7 +70,7 @@ class Nvfp4MoE(nn.Module):
 
         Args:
             x: (..., H) bf16, fp16 or fp32 on the device of the weights.
-            token_ids: (...) integers, for a router that goes by token id.
+            token_ids: (...) int32 or int64 on the device of x, for a router that goes by token id.
             out: as for `Nvfp4RoutedExperts`.
 
         Returns:

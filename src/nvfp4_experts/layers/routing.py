@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import InputError, LayoutError
+from ..kernels.ops import without_autocast
 from .checks import check_hidden_states, checked_choice, checked_count
 from .packed import move_buffers
 
@@ -30,6 +31,8 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SCORINGS = tuple(_SCORES)
 _SUM_FLOOR = 1e-20
+_TABLE_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ID_DTYPES = (torch.int32, torch.int64)
 
 
 def scores_of(logits: Tensor, scoring: str) -> Tensor:
@@ -58,15 +61,17 @@ class Router(nn.Module):
         top_k: k, at most E.
         scoring: one of SCORINGS.
         bias: (E,) added to scores for the choice alone; or None.
-        tid2eid: (vocabulary, k) integers, the experts of each token id; or None. With a table there is no bias.
+        tid2eid: (vocabulary, k) integers in [0, E), the experts of each token id; or None. With a table there is no
+            bias. Building the router reads it on the host.
         normalise: whether a token's weights are divided by their sum.
         scaling_factor: what multiplies them (`routed_scaling_factor`).
 
     Raises:
         LayoutError: shapes that do not fit together.
-        InputError: an option outside its range.
+        InputError: an option outside its range, or a table that names an expert outside [0, E).
 
-    Numerics: NaN in x gives NaN weights and some k experts. `.half()` and `.to(dtype)` leave all tensors alone.
+    Numerics: NaN in x gives NaN weights and some k experts. `.half()` and `.to(dtype)` leave all tensors alone, and
+        torch.autocast changes nothing: the matmul is fp32.
     """
 
     weight: Tensor
@@ -94,11 +99,16 @@ class Router(nn.Module):
             raise InputError("top_k", f"must be at most E={self.num_experts}", top_k, "choose fewer")
         if bias is not None and tuple(bias.shape) != (self.num_experts,):
             raise LayoutError("bias", f"must be ({self.num_experts},)", tuple(bias.shape), "give one for each expert")
-        if tid2eid is not None and (tid2eid.shape[1:] != (top_k,) or tid2eid.is_floating_point()):
+        if tid2eid is not None and (tid2eid.shape[1:] != (top_k,) or tid2eid.dtype not in _TABLE_DTYPES):
             got = f"{tuple(tid2eid.shape)} {tid2eid.dtype}"
             raise LayoutError("tid2eid", f"must be (vocabulary, {top_k}), integers", got, "give one row per token id")
         if bias is not None and tid2eid is not None:
             raise InputError("bias", "must be None with tid2eid", "both", "a table chooses without scores")
+        if tid2eid is not None and tid2eid.numel() and not tid2eid.is_meta:  # meta has no values to look at
+            first, last = int(tid2eid.min()), int(tid2eid.max())
+            if first < 0 or last >= self.num_experts:
+                rule = f"must name experts 0..{self.num_experts - 1}"
+                raise InputError("tid2eid", rule, f"{first}..{last}", "give the table of this weight's model")
         self.scoring = checked_choice("scoring", scoring, SCORINGS)
         self.normalise, self.scaling_factor = normalise, float(scaling_factor)
         self.register_buffer("weight", weight.detach())
@@ -110,24 +120,31 @@ class Router(nn.Module):
 
         Args:
             x: (..., H) bf16, fp16 or fp32 on the device of the weight.
-            token_ids: (...) integers in [0, vocabulary), needed by a router with a table and by no other.
+            token_ids: (...) int32 or int64 in [0, vocabulary) on the device of x, needed by a router with a table and
+                by no other.
 
         Returns:
             indices (..., k) int64 and weights (..., k) fp32.
 
         Raises:
-            InputError: x or token_ids does not fit. An id outside the table is torch's own error.
+            InputError: x or token_ids does not fit. An id outside the table, also one below 0, is torch's own error:
+                IndexError on a CPU, a device-side assertion on a GPU.
         """
         check_hidden_states(x, self.hidden_size, None, self.weight.device)
-        scores = scores_of(functional.linear(x.float(), self.weight.float()), self.scoring)
+        with without_autocast(x.device):
+            logits = functional.linear(x.float(), self.weight.float())
+        scores = scores_of(logits, self.scoring)
         if self.tid2eid is None:
             indices = largest_scores(scores, self.bias, self.top_k)
         else:
-            if token_ids is None or token_ids.shape != x.shape[:-1] or token_ids.is_floating_point():
+            if token_ids is None or token_ids.shape != x.shape[:-1] or token_ids.dtype not in _ID_DTYPES:
                 got = "none" if token_ids is None else f"{tuple(token_ids.shape)} {token_ids.dtype}"
-                rule = f"must be integers {tuple(x.shape[:-1])}, since this layer routes by token id"
+                rule = f"must be int32 or int64 {tuple(x.shape[:-1])}, since this layer routes by token id"
                 raise InputError("token_ids", rule, got, "pass the input ids of the batch")
-            indices = self.tid2eid[token_ids]
+            if token_ids.device != x.device:
+                raise InputError("token_ids", f"must be on {x.device}", token_ids.device, "move them with .to()")
+            # Not by subscript, which counts negative ids from the end and takes uint8 for a mask.
+            indices = functional.embedding(token_ids, self.tid2eid)
         return indices, weights_of(scores, indices, self.normalise, self.scaling_factor)
 
     def extra_repr(self) -> str:
