@@ -17,6 +17,7 @@ from nvfp4_experts.formats.codes import (
     decode_blocks,
     decode_codes,
     decode_e2m1,
+    decode_e4m3,
     decode_e8m0,
     encode_e2m1,
     encode_e4m3,
@@ -158,6 +159,24 @@ def test_encode_e4m3_special_values() -> None:
     x = torch.tensor([448.0, 464.0, 480.0, 1e38, torch.inf, -torch.inf, -0.0, 2.0**-10, 2.0**-9])
     assert encode_e4m3(x).view(torch.uint8).tolist() == [0x7E, 0x7E, 0x7E, 0x7E, 0x7E, 0xFE, 0x80, 0, 1]
     assert encode_e4m3(torch.tensor(torch.nan)).float().isnan()
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_decode_e4m3_of_every_byte(flush: bool) -> None:
+    values = ALL_BYTES.view(torch.float8_e4m3fn)
+    torch.set_flush_denormal(flush)
+    try:
+        decoded, some = decode_e4m3(values), decode_e4m3(values[:100].view(10, 10).T[1:])
+    finally:
+        torch.set_flush_denormal(False)
+    assert [v for v in range(256) if decoded[v].isnan()] == [0x7F, 0xFF]
+    for byte in {*range(256)} - {0x7F, 0xFF}:
+        exponent, mantissa = byte >> 3 & 15, byte & 7
+        value = mantissa * 2.0**-9 if exponent == 0 else (8 + mantissa) * 2.0 ** (exponent - 10)
+        assert decoded[byte].item() == (-value if byte & 0x80 else value)
+        assert decoded[byte].signbit().item() == (byte >= 0x80)
+    assert same_bits(some, decoded[:100].view(10, 10).T[1:])
+    assert decode_e4m3(values[:0]).shape == (0,)
 
 
 def test_decode_e8m0_of_every_byte() -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from .codes import decode_e8m0
+from .codes import decode_e4m3, decode_e8m0
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +89,7 @@ class Fp8BlockTensor:
         for i, row_scales in enumerate(scales, first):
             low, high = max(start, i * height), min(stop, (i + 1) * height)
             by_column = row_scales.repeat_interleave(width)[: self.shape[1]]
-            out[low - start : high - start] = self.values[low:high].float().mul_(by_column)
+            out[low - start : high - start] = decode_e4m3(self.values[low:high]).mul_(by_column)
         return out
 
     def to(self, device: torch.device | str) -> Fp8BlockTensor:
