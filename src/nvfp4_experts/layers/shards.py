@@ -22,6 +22,7 @@ from .kept_expert import KeptSharedExpert
 from .routed_experts import Nvfp4RoutedExperts
 from .shared_expert import Nvfp4SharedExpert
 
+_WITH_MODES = (Nvfp4SharedExpert, Nvfp4RoutedExperts)
 _Weight = TypeVar("_Weight", Nvfp4Tensor, Nvfp4Stack)
 _Layer = TypeVar("_Layer", Nvfp4SharedExpert, Nvfp4RoutedExperts)
 
@@ -143,9 +144,8 @@ def facts_of(layer: Nvfp4SharedExpert | KeptSharedExpert | Nvfp4RoutedExperts | 
 
 
 def modes_of(*layers: nn.Module | None) -> list[tuple[str, str]]:
-    """(activations, activation_scale) of each of the parts that are there."""
-    facts = [facts_of(layer) for layer in layers]  # type: ignore[arg-type]
-    return [(fact["activations"], fact["activation_scale"]) for fact in facts if fact is not None]
+    """(activations, activation_scale) of each of the parts that have a choice."""
+    return [(layer.activations, layer.activation_scale) for layer in layers if isinstance(layer, _WITH_MODES)]
 
 
 def check_modes(agreed: list[tuple[str, str]], *layers: nn.Module | None) -> None:
