@@ -435,6 +435,7 @@ def test_input_scales_that_do_not_fit(tmp_path: Path, scales: dict) -> None:
         ("routed", {0: (1.0, 1.0)}, "layer 0, which would stay"),
         ("shared", {(0, 1): (1.0, 1.0)}, "layer 0 routed expert 1, which would stay"),
         ("all", {(0, 99): (1.0, 1.0)}, "layer 0 routed expert 99"),
+        ("routed", {0: (1.0, 1.0), (0, 1): (1.0, 1.0)}, "experts='all', shared='nvfp4'"),
         ("all", {9: (1.0, 1.0)}, r"layers \[0, 1\], and the routed ones, got layer 9"),
         ("all", {(0, n): (1.0, 1.0) for n in range(90, 99)}, "routed expert 93 and 5 more"),
     ],

@@ -293,6 +293,17 @@ def test_calibration_of_whole_blocks(block: Nvfp4MoE, gives_out: bool) -> None:
     assert not {"forward", "with_shared"} & (vars(block.routed).keys() | vars(block.shared).keys())
 
 
+def test_scales_of_modules_without_a_layer_number_of_their_own_are_in_the_modules_alone(block: Nvfp4MoE) -> None:
+    x = torch.randn(40, 32).bfloat16()
+    twins = nn.ModuleDict({"encoder": OneBlock(block, False), "decoder": OneBlock(copy.deepcopy(block), False)})
+    for model, run in ((block, block), (twins, nn.Sequential(*twins.values()))):
+        calibrated = copy.deepcopy(model) if model is block else model
+        if model is not block:
+            calibrated.forward = run.forward
+        assert calibrate_model(calibrated, [x]) == {}
+        assert all(e.hidden_scale is not None for e in experts_of(calibrated).values())
+
+
 @pytest.mark.parametrize("shared", ["keep", None])
 def test_calibration_of_blocks_without_an_nvfp4_shared_expert(
     block: Nvfp4MoE, shared: str | None, tiny_checkpoint: Path

@@ -18,8 +18,9 @@ from nvfp4_experts.layers.parallel import PLANS, SummedOverRanks, parallelize
 from nvfp4_experts.layers.part import LayerPart
 from nvfp4_experts.layers.shards import experts_of, share_of
 from tests.checkpoints.factory import TINY
-from tests.layers.parallel_cases import Model, block, draw, routed_experts, routing, same
+from tests.layers.parallel_cases import Model, block, draw, near, routed_experts, routing, same, shared_expert
 from tests.layers.ranks import World
+from tests.tolerances import OVER_RANKS
 
 STATIC = ("nvfp4", "static")
 
@@ -72,7 +73,7 @@ def a_rank_may_hold_nothing(world: World) -> None:
             )
             world.check((part.routed is None) == (world.rank == 3), "the last rank has none")
             y = parallelize(part, group, plan)(x, indices, weights)
-            world.check((y - few(x, indices, weights)).norm() <= 1e-6 * y.norm(), plan)
+            near(world, y, few(x, indices, weights), OVER_RANKS["shares"], plan)
 
 
 def parts_of_another_plan_or_rank_are_refused(world: World) -> None:
@@ -80,6 +81,12 @@ def parts_of_another_plan_or_rank_are_refused(world: World) -> None:
         part = LayerPart("ep", world.rank, ranks, routed=share_of(routed_experts(STATIC), world.rank, ranks))
         with pytest.raises(InputError, match="must be parallelized before it is called"):
             part(*routing(3))
+        with pytest.raises(InputError, match=r"kind: must be .* use load_shared_expert"):
+            load_part(TINY, 1, "dispatch", group, kind="shared")
+        with pytest.raises(InputError, match="plan: must be one of"):
+            LayerPart("pp", world.rank, ranks)
+        with pytest.raises(InputError, match="shared: must be whole and by itself, or in a block"):
+            LayerPart("dispatch", world.rank, ranks, routed=part.routed, shared=shared_expert(STATIC))
         for plan, of_rank in (("dispatch", world.rank), ("ep", 1 - world.rank)):
             other = LayerPart("ep", of_rank, ranks, routed=part.routed)
             with pytest.raises(InputError, match=f"must be for plan '{plan}', rank {world.rank} of 2"):
@@ -90,8 +97,14 @@ def experts_are_held_once_and_all_of_them(world: World) -> None:
     for ranks, group in world.each_group(2):
         whole = block()
         share = share_of(whole.routed, world.rank, ranks)
-        with pytest.raises(LayoutError, match="must be the router's 6"):  # first_expert forgotten
-            SummedOverRanks(group, routed=share, router=whole.router)
+        first = experts_of(world.rank, ranks, 6).start
+        for wrong in (0, first + 1):  # forgotten; off by one
+            with pytest.raises(LayoutError, match="must be the router's 0 to 5"):
+                SummedOverRanks(group, routed=share, router=whole.router, first_expert=wrong)
+        for of_router in (whole.router, None):
+            part = LayerPart("dispatch", world.rank, ranks, routed=share, router=of_router, first_expert=first + 1)
+            with pytest.raises(LayoutError, match=r"must follow each other by rank, from experts \[0, 3\]"):
+                parallelize(part, group, "dispatch")
         with pytest.raises(LayoutError, match="shares that have none in common"):
             SummedOverRanks(group, routed=share, first_expert=2 * world.rank)
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from nvfp4_experts.errors import InputError, LayoutError
 from nvfp4_experts.layers.dispatched import DispatchedOverRanks
-from nvfp4_experts.layers.parallel import SummedOverRanks, parallelize
+from nvfp4_experts.layers.parallel import SummedOverRanks, check_cover, parallelize
 from nvfp4_experts.layers.shards import channels_of, cut_channels, even_part, experts_of, shard_of, share_of
 from tests.layers.all_cases import CASES
 from tests.layers.parallel_cases import MODES, E, H, I, routed_experts, routing, shared_expert
@@ -42,6 +42,24 @@ def test_parts_are_even_whole_and_in_order() -> None:
     for rank in (-1, 2):
         with pytest.raises(InputError, match=r"rank: must be in \[0, 2\)"):
             even_part(5, rank, 2)
+
+
+@pytest.mark.parametrize("runs", [[(0, 6)], [(0, 6), (0, 6)], [(0, 3), (3, 6)], [(4, 6), (0, 4)], []])
+def test_experts_that_are_held_once_or_sharded(runs: list[tuple[int, int]]) -> None:
+    check_cover(runs, 6)
+    check_cover(runs, None)
+
+
+@pytest.mark.parametrize(
+    ("runs", "known"),
+    [
+        ([(0, 4), (3, 6)], None), ([(0, 6), (2, 4)], None), ([(0, 3), (0, 3)], 6), ([(1, 4), (4, 7)], 6),
+        ([(0, 3), (3, 5)], 6), ([(0, 3), (4, 7)], 6), ([(6, 12)], 6), ([(0, 7)], 6),
+    ],
+)  # fmt: skip
+def test_experts_that_are_held_twice_or_by_nobody(runs: list[tuple[int, int]], known: int | None) -> None:
+    with pytest.raises(LayoutError, match="experts of the ranks: must be"):
+        check_cover(runs, known)
 
 
 def test_shards_are_slices_of_the_bytes_with_the_options_of_the_whole() -> None:

@@ -98,7 +98,8 @@ def check_experts(scales: InputScales, converted: Mapping[Expert, bool]) -> None
         rule = f"must be of experts that are there: shared ones in layers {shared}, and the routed ones"
         raise InputScalesError("input_scales", rule, _listed(unknown), "calibrate this checkpoint")
     if left := [expert for expert in scales if not converted[expert]]:
-        rule, way_out = "must be of experts that are converted", "choose experts='all', or leave these scales out"
+        rule = "must be of experts that are converted"
+        way_out = "convert these too (experts='all', shared='nvfp4'), or leave their scales out"
         raise InputScalesError("input_scales", rule, f"{_listed(left)}, which would stay as they are", way_out)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from ..errors import InputError
 from ..kernels.target import usable_device
 from ..layers.checks import checked_choice
 from ..layers.collectives import checked_group
@@ -39,27 +40,30 @@ def load_part(
     *,
     kind: str = "block",
     shared: str = "nvfp4",
+    activations: str = "auto",
+    activation_scale: str | None = None,
+    backend: str = "auto",
+    recipe: str = "modelopt",
     weighting: str | None = None,
     top_k: int | None = None,
-    **options: Any,
 ) -> LayerPart:
     """This rank's part of one layer of a checkpoint.
 
     Args:
-        path, layer, device, max_tokens: as for `load_shared_expert`.
+        path, layer, device, max_tokens, activations, activation_scale, backend, recipe: as for `load_shared_expert`.
         plan: one of `layers.part.PLANS`.
         group: a process group, a mesh of one dimension, or None for the default group.
         kind: "block" (router, routed experts and shared one), or "routed" or "shared" experts alone.
         shared: as for `load_moe`. One that is kept as it is stored has no shards: under "tp" and "ep" the first rank
             has it, whole.
-        weighting, top_k: as for `load_routed_experts`.
-        **options: activations, activation_scale, backend, recipe; as for `load_shared_expert`.
+        weighting, top_k: as for `load_routed_experts`; of a whole block top_k is the router's.
 
     Returns:
         A LayerPart on `device`, for `parallelize` with the same group and plan. A rank may have nothing.
 
     Raises:
-        InputError: a plan, kind or `shared` that is none, or no process group.
+        InputError: a plan, kind or `shared` that is none; no process group; or a lone shared expert under "dispatch",
+            which every rank has whole.
         And what `load_router`, `load_routed_experts` and `load_shared_expert` raise.
 
     Numerics: the part is a slice of what the whole layer would be: scales are found on whole weights.
@@ -69,6 +73,8 @@ def load_part(
     checked_choice("plan", plan, PLANS)
     checked_choice("kind", kind, KINDS)
     check_shared(shared)
+    if plan == "dispatch" and kind == "shared":
+        raise InputError("kind", 'must be "block" or "routed" under "dispatch"', repr(kind), "use load_shared_expert")
     _, rank, ranks = checked_group(group)
     device = usable_device(device)
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
@@ -77,6 +83,8 @@ def load_part(
         parts["router"] = load_router(checkpoint, layer, device)
         top_k = parts["router"].top_k
     where = layer, device, max_tokens
+    options: dict[str, Any] = {"activations": activations, "activation_scale": activation_scale}
+    options |= {"backend": backend, "recipe": recipe}
     if kind != "shared":
         entries = owned_experts(checkpoint, layer, None)
         mine, channels = range(len(entries)), None

@@ -27,7 +27,7 @@ AMAX_FLOOR = 2.0**-100
 """An amax below this counts as zero; above it no step of any recipe overflows, underflows or meets a subnormal."""
 
 _E4M3_ONE = 0x38  # the byte of 1.0
-_E4M3_NAN, _SIGN_AND_MAGNITUDE = 0x7F << 4, 0x87F0 - 0x10000  # where decode_e4m3 has moved them in 16 bits
+_E4M3_NAN, _SIGN_AND_MAGNITUDE = 0x7F << 7, 0xBF80 - 0x10000  # where decode_e4m3 has moved them in 16 bits
 _PAIR_VIEW = {torch.bfloat16: torch.int32, torch.float16: torch.int32, torch.float32: torch.int64}  # holds two
 
 
@@ -157,24 +157,19 @@ def encode_e4m3(x: Tensor) -> Tensor:
 def decode_e4m3(values: Tensor) -> Tensor:
     """fp32 of float8_e4m3fn values of any shape and strides, exact; NaN stays NaN.
 
-    On a CPU with integers, which vectorise as torch's cast does not: a byte's seven lower bits, four bits up in a bf16,
-    are its magnitude times 2^-120.
+    On a CPU with integers, which vectorise as torch's cast does not: a byte's seven lower bits, moved up by seven in an
+    fp16, are its magnitude times 2^-8. (fp16 to fp32 heeds subnormals whatever a thread does with those of fp32.)
     """
-    if values.device.type != "cpu" or _flushes_subnormals():
+    if values.device.type != "cpu":
         return values.float()
     bits = values.view(torch.int8).to(torch.int16)  # its sign in all upper bits
-    bits <<= 4
+    bits <<= 7
     bits &= _SIGN_AND_MAGNITUDE
-    wide = bits.view(torch.bfloat16).float().mul_(2.0**120)
+    wide = bits.view(torch.float16).float().mul_(2.0**8)
     bits &= _E4M3_NAN
     if bits.numel() and bits.amax() == _E4M3_NAN:
         wide.masked_fill_(bits == _E4M3_NAN, torch.nan)
     return wide
-
-
-def _flushes_subnormals() -> bool:
-    """Whether this thread takes subnormal operands for zero, as after torch.set_flush_denormal(True)."""
-    return bool(torch.tensor(2.0**-130) * 2.0**120 == 0)
 
 
 def decode_e8m0(scales: Tensor) -> Tensor:

@@ -72,8 +72,9 @@ class Fp8BlockTensor:
         """(N, K) values: one fp32 product each (exact for e8m0 scales inside fp32's range), then one cast to `dtype`.
 
         Numerics: NaN values (0x7F, 0xFF) and NaN scales (e8m0 0xFF) give NaN.
-        Cost: the result; and an fp32 temporary of a block row (b0 x K) on a CPU, where it goes one row of blocks at a
-            time, or two of (N, K) on other devices, where each step is a launch.
+        Cost: the result, an fp32 scale for each column of each block row, (N / b0, K), and fp32 temporaries: one of a
+            block row (b0 x K) on a CPU, where it goes one row of blocks at a time; two of (N, K) on other devices,
+            where each step is a launch.
         """
         return self.dequantize_rows(0, self.shape[0], dtype)
 

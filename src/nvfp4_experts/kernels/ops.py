@@ -36,7 +36,7 @@ _TILE, _GPU_TILE = 1 << 20, 1 << 23  # values, of ops that run in plain torch; o
 _LIBRARY = torch.library.Library("nvfp4_experts", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-# Devices that autocast knows; torch raises when asked about another, as "meta".
+# Those with autocast that layers may run on; torch raises when asked about a device without, as "meta".
 _AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..errors import InputError
+from ..errors import InputError, LayoutError
 from .checks import DTYPES, check_hidden_states, check_out, check_routing, checked_choice
 from .collectives import agree, checked_group, device_of, exchange, gather
 from .packed import NoBackward
@@ -43,10 +43,12 @@ class DispatchedOverRanks(nn.Module):
         group: a process group, a mesh of one dimension, or None for the default group.
         combine: what an expert's rank returns: "slots", a row for each slot; or "ranks", one row for each token, in
             which the rank's slots are added already: fewer bytes, in another order.
+        first_expert: which of the whole is the first of the share, to be checked; None: whichever it is.
 
     Raises:
         InputError: no group, no experts on any rank, or an option outside its range.
-        LayoutError: shares that differ in more than their experts.
+        LayoutError: shares that differ in more than their experts, or do not follow each other as their first_expert
+            says; on every rank.
 
     Numerics: with "slots" the result is that of the whole layer on the tokens of all ranks together, in every mode,
         "dynamic" included, as far as the backend's rows do not depend on how many there are. With "ranks" the order of
@@ -64,18 +66,23 @@ class DispatchedOverRanks(nn.Module):
         group: ProcessGroup | DeviceMesh | None = None,
         *,
         combine: str = "slots",
+        first_expert: int | None = None,
     ) -> None:
         super().__init__()
         self.group, self.rank, self.ranks = checked_group(group)
         self.combine = checked_choice("combine", combine, COMBINES)
         mine = {"combine": combine, "share": facts_of(local), "experts": 0 if local is None else local.num_experts}
-        said = agree(self.group, mine, own=["experts"])
+        said = agree(self.group, mine | {"first": first_expert}, own=["experts", "first"])
         share = next((rank["share"] for rank in said if rank["share"] is not None), None)
         if share is None:
             raise InputError("local", "must have experts on some rank", "none", "give each rank its share")
         self.hidden_size, self.top_k, self.max_tokens = share["hidden_size"], share["top_k"], share["max_tokens"]
         self._dynamic = (share["activations"], share["activation_scale"]) == ("nvfp4", "dynamic")
         bounds = list(accumulate((rank["experts"] for rank in said), initial=0))
+        firsts = [rank["first"] if rank["experts"] else None for rank in said]
+        if any(first not in (None, bound) for first, bound in zip(firsts, bounds, strict=False)):
+            rule = f"must follow each other by rank, from experts {bounds[:-1]}"
+            raise LayoutError("shares", rule, f"from {firsts}", "give each rank experts_of(rank, ranks, E)")
         self.num_experts = bounds[-1]
         # Where each rank's experts begin, and behind the last; copied here, since in a call a copy would be a wait.
         self.register_buffer("_bounds", torch.tensor(bounds, device=device_of(local)), persistent=False)

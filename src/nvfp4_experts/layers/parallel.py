@@ -229,14 +229,15 @@ def check_cover(runs: list[tuple[int, int]], num_experts: int | None) -> None:
 
     Args:
         runs: of the ranks that have routed experts.
-        num_experts: how many there are, and so must be held; None if that is not known.
+        num_experts: how many there are, 0 to the last of which must be held; None if that is not known.
     """
     runs = sorted(set(runs))
     rule, way_out = "must be shards of the same experts, or shares that have none in common", "see experts_of()"
     if any(first < end for (_, end), (first, _) in pairwise(runs)):
         raise LayoutError("experts of the ranks", rule, runs, way_out)
-    if runs and num_experts is not None and sum(end - first for first, end in runs) != num_experts:
-        raise LayoutError("experts of the ranks", f"must be the router's {num_experts}", runs, way_out)
+    ends = [0, *(end for _, end in runs)]
+    if runs and num_experts is not None and ([first for first, _ in runs] != ends[:-1] or ends[-1] != num_experts):
+        raise LayoutError("experts of the ranks", f"must be the router's 0 to {num_experts - 1}", runs, way_out)
 
 
 def parallelize(
@@ -316,7 +317,7 @@ def _summed(part: LayerPart, group: ProcessGroup | None, chunk_tokens: int | Non
 
 
 def _dispatched(part: LayerPart, group: ProcessGroup | None, combine: str) -> nn.Module:
-    routed = DispatchedOverRanks(part.routed, group, combine=combine)
+    routed = DispatchedOverRanks(part.routed, group, combine=combine, first_expert=part.first_expert)
     if part.router is None:
         return routed
     return Nvfp4MoE(part.router, routed, part.shared)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from ..errors import InputError
+from .checks import checked_choice
 from .kept_expert import KeptSharedExpert
 from .moe import Nvfp4MoE
 from .routed_experts import Nvfp4RoutedExperts
@@ -35,6 +36,10 @@ class LayerPart(nn.Module):
         routed, shared: what the rank holds; None where it has nothing.
         router: of a whole block, or None.
         first_expert: what the first of `routed` is called in the indices.
+
+    Raises:
+        InputError: an unknown plan; or, under "dispatch", a shared expert beside routed ones without their router: only
+            of a whole block are the two added.
     """
 
     def __init__(
@@ -49,6 +54,9 @@ class LayerPart(nn.Module):
         first_expert: int = 0,
     ) -> None:
         super().__init__()
+        checked_choice("plan", plan, PLANS)
+        if plan == "dispatch" and router is None and shared is not None:
+            raise InputError("shared", "must be whole and by itself, or in a block", "no router", "use it as it is")
         self.plan, self.rank, self.ranks, self.first_expert = plan, rank, ranks, first_expert
         self.routed, self.shared, self.router = routed, shared, router
 
@@ -63,6 +71,14 @@ class LayerPart(nn.Module):
 
 def part_of(layer: Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE, plan: str, rank: int, ranks: int) -> LayerPart:
     """A rank's part of a whole layer.
+
+    Args:
+        layer: with the same weights on every rank; not a lone shared expert under "dispatch", which stays whole.
+        plan: one of PLANS.
+        rank, ranks: whose part.
+
+    Raises:
+        InputError: rank outside [0, ranks), or as `LayerPart`.
 
     Cost: unpacks the layer and packs the part, in memory of its own.
     """

@@ -81,7 +81,7 @@ class Saver:
         """
         experts = experts_of(model)
         if missing := sorted(self._stored.keys() - experts.keys()):
-            rule, way_out = "must be the NVFP4 experts they were loaded as", "save before exchanging or parallelizing them"
+            rule, way_out = "must be the NVFP4 experts they were loaded as", "save before parallelize() or an exchange"
             raise InputError(missing[0], rule, type(model.get_submodule(missing[0])).__name__, way_out)
         tensors: dict[str, Tensor] = {}
         for name in self._stored:

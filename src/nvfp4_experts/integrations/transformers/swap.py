@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -194,8 +194,9 @@ def calibrate_model(model: nn.Module, batches: Iterable[Any], percentile: float 
 
     Returns:
         (input_scale, hidden_scale) of each expert, for `save_input_scales` or `convert(..., input_scales=...)`: layer
-        -> of the shared one, (layer, number) -> of a routed one. Routed experts that no token reached are left out
-        (`uncalibrated` names them); `save_pretrained` of a loaded model writes the others' scales too.
+        -> of the shared one, (layer, number) -> of a routed one. Left out are routed experts that no token reached
+        (`uncalibrated` names them), and modules whose names have no layer number or share it, as of an encoder and a
+        decoder. `save_pretrained` of a loaded model writes the others' scales too.
 
     Raises:
         InputError: the model has no NVFP4 expert.
@@ -225,14 +226,23 @@ def calibrate_model(model: nn.Module, batches: Iterable[Any], percentile: float 
         got = f"{blind} unseen" if reached else "none"
         raise CalibrationError("batches", "must reach every expert module", got, "give batches of real text")
     scales: InputScales = {}
-    for name, expert in experts.items():
-        layer = layer_number(name)
+    for name, layer in _numbered(experts).items():
+        expert = experts[name]
         if isinstance(expert, Nvfp4SharedExpert):
             scales[layer] = expert.input_scale, expert.hidden_scale  # type: ignore[assignment]
         else:
             pairs = zip(expert.input_scale.tolist(), expert.hidden_scale.tolist(), strict=True)  # type: ignore[union-attr]
             scales |= {(layer, n): pair for n, pair in enumerate(pairs) if n not in expert.uncalibrated}
     return scales
+
+
+def _numbered(experts: Mapping[str, Experts]) -> dict[str, int]:
+    """Name -> layer, of the experts that are the only ones of their kind with that number."""
+    found: dict[tuple[int, type], list[str]] = {}
+    for name, expert in experts.items():
+        with suppress(InputError):
+            found.setdefault((layer_number(name), type(expert)), []).append(name)
+    return {names[0]: layer for (layer, _), names in found.items() if len(names) == 1}
 
 
 def _calibrating(
