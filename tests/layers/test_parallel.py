@@ -54,7 +54,7 @@ def test_experts_that_are_held_once_or_sharded(runs: list[tuple[int, int]]) -> N
     ("runs", "known"),
     [
         ([(0, 4), (3, 6)], None), ([(0, 6), (2, 4)], None), ([(0, 3), (0, 3)], 6), ([(1, 4), (4, 7)], 6),
-        ([(0, 3), (3, 5)], 6), ([(0, 3), (4, 7)], 6), ([(6, 12)], 6), ([(0, 7)], 6),
+        ([(0, 3), (3, 5)], 6), ([(0, 3), (4, 6)], 6), ([(1, 6)], 6), ([(6, 12)], 6), ([(0, 7)], 6),
     ],
 )  # fmt: skip
 def test_experts_that_are_held_twice_or_by_nobody(runs: list[tuple[int, int]], known: int | None) -> None:
