@@ -73,17 +73,21 @@ def routed_mxfp4(tensors: dict[str, Tensor]) -> None:
 def write_hybrid(tiny: Path, path: Path, routed: str = "nvfp4") -> Path:
     """NVIDIA's hybrid: official names, routed experts NVFP4, attention and shared experts FP8, the rest as it was.
 
-    With routed="mxfp4" it is DeepSeek's own.
+    An MTP layer, which transformers has no module for, is there too, its routed experts in MXFP4. With routed="mxfp4"
+    it is DeepSeek's own.
     """
     tensors = {}
     for name, tensor in load_file(tiny / "model.safetensors").items():
         for old, new in _OFFICIAL:
             name = name.replace(old, new)
         tensors[name] = tensor
+    mtp = {f"mtp.0.{n.removeprefix('layers.3.')}": t.clone() for n, t in tensors.items() if n.startswith("layers.3.")}
+    routed_mxfp4(mtp)
     if routed == "nvfp4":
         routed_nvfp4(tensors, 0.004, 0.03)
     else:
         routed_mxfp4(tensors)
+    tensors |= mtp
     for name in [name for name in tensors if _FP8.search(name)]:
         tensors[name], tensors[name.removesuffix("weight") + "scale"] = fp8_blocks(tensors[name])
     path.mkdir(parents=True)
@@ -98,6 +102,6 @@ def write_hybrid(tiny: Path, path: Path, routed: str = "nvfp4") -> Path:
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = json.loads((tiny / "config.json").read_text())
     declared = {k: v for k, v in HYBRID_CONFIG.items() if routed == "nvfp4" or "algo" not in k}
-    config |= {"expert_dtype": "fp4", "quantization_config": declared}
+    config |= {"expert_dtype": "fp4", "num_nextn_predict_layers": 1, "quantization_config": declared}
     (path / "config.json").write_text(json.dumps(config))
     return path

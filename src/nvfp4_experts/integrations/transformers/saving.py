@@ -6,6 +6,7 @@ experts quantised on load   in the checkpoint's NVFP4 dialect, else ModelOpt's
 input scales                as they were read, unless calibration has changed them since
 FP8 blocks                  encoded under their old scales, which is exact for weights that nobody changed
 the rest                    under the old name; in the old dtype where that holds the values
+no place in the model       read again from the checkpoint, as MTP layers, which transformers leaves out
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ...checkpoints import Checkpoint, ExpertEntry, Projection
 from ...checkpoints.dialects import NVFP4_LAYOUTS, output_specs
 from ...checkpoints.quant_config import build_configs
 from ...checkpoints.safetensors_file import DTYPES, TensorSpec, dtype_name
-from ...errors import InputError
+from ...errors import InputError, UnsupportedError
 from ...formats.codes import E4M3_MAX, decode_e8m0
 from ...formats.fp8_block import Fp8BlockTensor
 from ...formats.nvfp4 import Nvfp4Tensor, reciprocal_scale
@@ -58,6 +59,7 @@ class Saver:
 
     def __init__(self, source: Source, model: Any, recipe: str) -> None:
         self._names, self._recipe, self._declared = source.names, recipe, source.checkpoint.quantization
+        self._checkpoint, self._unplaced = source.checkpoint, sorted(source.unplaced)
         projections = [p for entries in source.experts.values() for e in entries for p in e.projections.values()]
         nvfp4 = sorted({p.dialect for p in projections} & NVFP4_LAYOUTS.keys())
         self._dialect = nvfp4[0] if len(nvfp4) == 1 else "modelopt"
@@ -76,14 +78,15 @@ class Saver:
 
         Raises:
             InputError: FP8 weights have changed since they were loaded, or NVFP4 experts were taken out.
+            UnsupportedError: the checkpoint is gone, and held tensors that the model has no place for.
 
-        Cost: the experts once more, in the form of the checkpoint, on the host.
+        Cost: the experts once more, in the form of the checkpoint, on the host; and what the model has no place for.
         """
         experts = experts_of(model)
         if missing := sorted(self._stored.keys() - experts.keys()):
             rule, way_out = "must be the NVFP4 experts they were loaded as", "save before parallelize() or an exchange"
             raise InputError(missing[0], rule, type(model.get_submodule(missing[0])).__name__, way_out)
-        tensors: dict[str, Tensor] = {}
+        tensors = {name: self._read(name) for name in self._unplaced}
         for name in self._stored:
             tensors.update(self._experts(name, experts[name]))
         state: dict[str, Tensor] = {}
@@ -110,6 +113,13 @@ class Saver:
             return self._declared
         specs = {name: TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()}
         return build_configs({}, self._declared, specs, self._dialect, self._recipe)[0]["quantization_config"]
+
+    def _read(self, name: str) -> Tensor:
+        try:
+            return self._checkpoint.read(name)
+        except OSError as gone:
+            rule = f"must find {name}, which the model has no place for, where it was loaded from"
+            raise UnsupportedError("save_pretrained", rule, gone, f"put back {self._checkpoint.path}") from gone
 
     def _experts(self, name: str, experts: Experts) -> Iterator[tuple[str, Tensor]]:
         weights = dict(zip(PROJECTIONS, experts._projections(), strict=True))

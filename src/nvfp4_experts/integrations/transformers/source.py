@@ -4,6 +4,7 @@
     experts   module name -> its entries in the checkpoint: this package takes all their tensors, layer by layer
     fp8       parameter -> its FP8 blocks: transformers takes the values as numbers, this package multiplies by scales
     names     parameter or buffer -> (tensor, dtype) of the checkpoint: transformers takes it and only renames it
+    unplaced  tensors that the model has no place for, as MTP layers: nobody takes them
 
 `ignored` names exactly what this package takes, so that a tensor which neither takes is still told as unexpected.
 """
@@ -65,10 +66,11 @@ class Source:
         self.experts = choose_experts(checkpoint, model, experts)
         self.fp8: dict[str, Projection] = {}
         self.names: dict[str, tuple[str, str]] = {}
+        self.unplaced: list[str] = []
         self.ignored: set[str] = set()
 
     def trace(self, conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Follow every tensor through transformers' renaming; fills `fp8`, `names` and `ignored`.
+        """Follow every tensor through transformers' renaming; fills `fp8`, `names`, `unplaced` and `ignored`.
 
         Returns:
             The conversions without those that would merge experts that are ours.
@@ -92,7 +94,9 @@ class Source:
                 scales |= {info.name for suffix, info in found.items() if suffix != "weight"}
         for name in tensors.keys() - ours - scales:
             key, is_merged = renaming.turn(name)
-            if key in renaming.state and key not in self.fp8 and not is_merged:
+            if key not in renaming.state:
+                self.unplaced.append(name)
+            elif key not in self.fp8 and not is_merged:
                 self.names[key] = name, tensors[name].dtype
         self.ignored = _patterns(ours | scales, renaming)
         return kept
