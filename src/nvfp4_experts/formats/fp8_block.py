@@ -72,9 +72,7 @@ class Fp8BlockTensor:
         """(N, K) values: one fp32 product each (exact for e8m0 scales inside fp32's range), then one cast to `dtype`.
 
         Numerics: NaN values (0x7F, 0xFF) and NaN scales (e8m0 0xFF) give NaN.
-        Cost: the result, an fp32 scale for each column of each block row, (N / b0, K), and fp32 temporaries: one of a
-            block row (b0 x K) on a CPU, where it goes one row of blocks at a time; two of (N, K) on other devices,
-            where each step is a launch.
+        Cost: the result, and an fp32 temporary of a block row (b0 x K), since it goes one row of blocks at a time.
         """
         return self.dequantize_rows(0, self.shape[0], dtype)
 
@@ -87,20 +85,12 @@ class Fp8BlockTensor:
         first, last = start // height, -(-stop // height)
         scales = self.scales[first:last]
         scales = decode_e8m0(scales) if scales.dtype == torch.uint8 else scales
-        by_column = scales.repeat_interleave(width, 1)[:, : self.shape[1]]
-        if self.values.device.type != "cpu":
-            return self._at_once(start, stop, by_column).to(dtype)
         out = torch.empty(stop - start, self.shape[1], dtype=dtype, device=self.values.device)
-        for i, row_scales in enumerate(by_column, first):
+        for i, row_scales in enumerate(scales, first):
             low, high = max(start, i * height), min(stop, (i + 1) * height)
-            out[low - start : high - start] = decode_e4m3(self.values[low:high]).mul_(row_scales)
+            by_column = row_scales.repeat_interleave(width)[: self.shape[1]]
+            out[low - start : high - start] = decode_e4m3(self.values[low:high]).mul_(by_column)
         return out
-
-    def _at_once(self, start: int, stop: int, by_column: Tensor) -> Tensor:
-        """Rows [start, stop) in fp32; by_column: a scale for each column of the block rows that they lie in."""
-        begin = start % self.block[0]
-        by_value = by_column.repeat_interleave(self.block[0], 0)[begin : begin + stop - start]
-        return decode_e4m3(self.values[start:stop]).mul_(by_value)
 
     def to(self, device: torch.device | str) -> Fp8BlockTensor:
         """The same tensor on another device."""

@@ -29,7 +29,7 @@ from ..formats.nvfp4 import Nvfp4Tensor
 from . import tiled
 from .dispatch import Beside, Call, Routing, get_backend, get_routed_backend
 
-_TILE, _GPU_TILE = 1 << 20, 1 << 23  # values, of ops that run in plain torch; on a GPU each step waits for the host
+_TILE = 1 << 20  # values, of ops that run in plain torch
 
 # Registered by hand: what torch.library.custom_op wraps around a function takes longer than the backend of a CPU does
 # to call its kernel. There is no backward.
@@ -155,8 +155,7 @@ def _kept_expert(x: Tensor, weights: list[Tensor], block: list[int], swiglu_limi
     call = Call(swiglu_limit, "bf16", "dynamic")
     gate, up, down = kept_weights(weights, block)
     with torch.no_grad():
-        tile = _TILE if x.device.type == "cpu" else _GPU_TILE
-        tiled.shared_expert(x, tiled.stored_tiles(gate, up, down, tile), gate.shape[0], call, out)
+        tiled.shared_expert(x, tiled.stored_tiles(gate, up, down, _TILE), gate.shape[0], call, out)
     return out
 
 

@@ -43,8 +43,8 @@ class KeptSharedExpert(nn.Module):
         an fp32 scale is rounded once, to fp32. torch.autocast changes nothing.
 
     Cost: 1 byte per weight and a scale per block resident, or the floating weights; per call the weights are decoded
-        once, a tile of 2^20 values at a time (2^23 on a GPU), which takes far longer than a call of NVFP4 weights
-        (docs/measured.md). fp32 scales and fp16 or fp32 weights multiply in fp32. Inference only.
+        once, a tile of 2^20 values at a time, which takes far longer than a call of NVFP4 weights (docs/measured.md).
+        fp32 scales and fp16 or fp32 weights multiply in fp32. Inference only.
     """
 
     def __init__(
