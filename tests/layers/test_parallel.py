@@ -9,10 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nvfp4_experts import KeptSharedExpert
+from nvfp4_experts.checkpoints import load_part, parts
 from nvfp4_experts.errors import InputError, LayoutError
 from nvfp4_experts.layers.dispatched import DispatchedOverRanks
 from nvfp4_experts.layers.parallel import SummedOverRanks, check_cover, parallelize
 from nvfp4_experts.layers.shards import channels_of, cut_channels, even_part, experts_of, shard_of, share_of
+from tests.checkpoints.factory import TINY
 from tests.layers.all_cases import CASES
 from tests.layers.parallel_cases import MODES, E, H, I, routed_experts, routing, shared_expert
 from tests.layers.ranks import run_cases
@@ -60,6 +63,18 @@ def test_experts_that_are_held_once_or_sharded(runs: list[tuple[int, int]]) -> N
 def test_experts_that_are_held_twice_or_by_nobody(runs: list[tuple[int, int]], known: int | None) -> None:
     with pytest.raises(LayoutError, match="experts of the ranks: must be"):
         check_cover(runs, known)
+
+
+@pytest.mark.parametrize(("plan", "routed", "shared"), [("tp", 0, 0), ("ep", 0, 0), ("dispatch", 0, 1)])
+def test_the_last_of_many_ranks_loads_nothing_that_it_does_not_hold(
+    plan: str, routed: int, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The embedded model has 8 experts and 16 blocks of channels."""
+    monkeypatch.setattr(parts, "checked_group", lambda group: (None, 19, 20))
+    part = load_part(TINY, 1, plan, activations="bf16")
+    assert (part.routed is not None, part.shared is not None) == (routed, shared)
+    kept = load_part(TINY, 1, plan, shared="keep").shared
+    assert isinstance(kept, KeptSharedExpert) == bool(shared)
 
 
 def test_shards_are_slices_of_the_bytes_with_the_options_of_the_whole() -> None:

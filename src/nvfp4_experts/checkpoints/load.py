@@ -78,7 +78,7 @@ def load_shared_expert(
     Cost: reads the layer's tensors and nothing else; FP8 weights are held as fp32 until they are quantised.
     """
     device = usable_device(device)
-    checkpoint = _opened(path)
+    checkpoint = opened(path)
     entry = checkpoint.shared_expert(layer)
     _check_config(checkpoint)
     input_scale, hidden_scale = shared_input_scales(checkpoint, entry)
@@ -110,7 +110,7 @@ def load_kept_expert(
         And what `load_shared_expert` raises.
     """
     device = usable_device(device)
-    checkpoint = _opened(path)
+    checkpoint = opened(path)
     entry = checkpoint.shared_expert(layer)
     _check_config(checkpoint)
     weights = []
@@ -168,7 +168,7 @@ def load_routed_experts(
         host memory, and one on the device beside the packed ones. What other experts hold is not read.
     """
     device = usable_device(device)
-    checkpoint = _opened(path)
+    checkpoint = opened(path)
     entries = owned_experts(checkpoint, layer, experts)
     _check_config(checkpoint)
     input_scale, hidden_scale = routed_input_scales(checkpoint, entries)
@@ -226,7 +226,7 @@ def load_moe(
     """
     check_shared(shared)
     device = usable_device(device)
-    checkpoint = _opened(path)
+    checkpoint = opened(path)
     router = load_router(
         checkpoint, layer, device
     )  # small, and what is wrong with it shows before the weights are read
@@ -248,6 +248,11 @@ def load_moe(
 
 
 # --- what the checkpoint says --------------------------------------------------------------------------------
+
+
+def opened(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
+    """A checkpoint that is opened now, or was already."""
+    return path if isinstance(path, Checkpoint) else open_checkpoint(path)
 
 
 def shared_entry(checkpoint: Checkpoint, layer: int) -> ExpertEntry | None:
@@ -316,10 +321,6 @@ def _has_input_scales(entries: Sequence[ExpertEntry]) -> bool:
 
 
 # --- inside --------------------------------------------------------------------------------------------------
-
-
-def _opened(path: str | os.PathLike[str] | Checkpoint) -> Checkpoint:
-    return path if isinstance(path, Checkpoint) else open_checkpoint(path)
 
 
 def _check_config(checkpoint: Checkpoint) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank's part of a layer's experts out of a checkpoint, and nothing beside it; `parallelize` puts it to work.
 
-plan        routed experts                             the shared one
-"tp"        every expert is read, its channels kept    read, its channels kept
-"ep"        the rank's experts are read                the same
-"dispatch"  the same                                   read, kept whole
+    a share of the routed experts    they are read, and no others
+    a shard of experts               every one is read, one at a time, and its channels are kept
+
+Which of them a plan asks for: HELD of layers/part.py.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from ..errors import InputError
 from ..kernels.target import usable_device
 from ..layers.checks import checked_choice
 from ..layers.collectives import checked_group
-from ..layers.part import PLANS, LayerPart
+from ..layers.part import HELD, PLANS, LayerPart
 from ..layers.shards import channels_of, experts_of
-from .load import is_fp4, load_kept_expert, load_routed_experts, load_shared_expert, owned_experts, shared_entry
+from .load import is_fp4, load_kept_expert, load_routed_experts, load_shared_expert, opened, owned_experts, shared_entry
 from .plan import check_shared
-from .reader import Checkpoint, open_checkpoint
+from .reader import Checkpoint, ExpertEntry
 from .router import load_router
 
 KINDS = ("block", "routed", "shared")
+_NONE = range(0)  # equal to every run without channels
 
 
 def load_part(
@@ -51,11 +52,10 @@ def load_part(
 
     Args:
         path, layer, device, max_tokens, activations, activation_scale, backend, recipe: as for `load_shared_expert`.
-        plan: one of `layers.part.PLANS`.
+        plan: one of `layers.part.HELD`.
         group: a process group, a mesh of one dimension, or None for the default group.
         kind: "block" (router, routed experts and shared one), or "routed" or "shared" experts alone.
-        shared: as for `load_moe`. One that is kept as it is stored has no shards: under "tp" and "ep" the first rank
-            has it, whole.
+        shared: as for `load_moe`.
         weighting, top_k: as for `load_routed_experts`; of a whole block top_k is the router's.
 
     Returns:
@@ -77,7 +77,7 @@ def load_part(
         raise InputError("kind", 'must be "block" or "routed" under "dispatch"', repr(kind), "use load_shared_expert")
     _, rank, ranks = checked_group(group)
     device = usable_device(device)
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path)
+    checkpoint = opened(path)
     parts: dict[str, Any] = {}
     if kind == "block":
         parts["router"] = load_router(checkpoint, layer, device)
@@ -85,24 +85,24 @@ def load_part(
     where = layer, device, max_tokens
     options: dict[str, Any] = {"activations": activations, "activation_scale": activation_scale}
     options |= {"backend": backend, "recipe": recipe}
+    of_routed, of_shared = HELD[plan]
     if kind != "shared":
         entries = owned_experts(checkpoint, layer, None)
-        mine, channels = range(len(entries)), None
-        if plan == "tp":
-            channels = channels_of(rank, ranks, entries[0].projections["gate"].shape[0])
-        else:
-            mine = experts_of(rank, ranks, len(entries))
-        of_routed = options | {"experts": mine, "channels": channels, "weighting": weighting, "top_k": top_k}
-        is_there = len(mine if channels is None else channels) > 0
-        parts["routed"] = load_routed_experts(checkpoint, *where, **of_routed) if is_there else None
+        mine = experts_of(rank, ranks, len(entries)) if of_routed == "share" else range(len(entries))
+        channels = channels_of(rank, ranks, _size(entries[0])) if of_routed == "shard" else None
+        more = options | {"experts": mine, "channels": channels, "weighting": weighting, "top_k": top_k}
+        parts["routed"] = load_routed_experts(checkpoint, *where, **more) if mine and channels != _NONE else None
         parts["first_expert"] = mine.start
     if kind != "routed" and (entry := shared_entry(checkpoint, layer)) is not None:
+        is_whole = of_shared == "whole"
         if shared == "keep" and not is_fp4(entry):
-            has_it = rank == 0 or plan == "dispatch"
-            parts["shared"] = load_kept_expert(checkpoint, *where) if has_it else None
+            parts["shared"] = load_kept_expert(checkpoint, *where) if is_whole or rank == 0 else None
         else:
-            size = entry.projections["gate"].shape[0]
-            channels = None if plan == "dispatch" else channels_of(rank, ranks, size)
-            is_there = channels is None or len(channels) > 0
-            parts["shared"] = load_shared_expert(checkpoint, *where, channels=channels, **options) if is_there else None
+            channels = None if is_whole else channels_of(rank, ranks, _size(entry))
+            more = options | {"channels": channels}
+            parts["shared"] = load_shared_expert(checkpoint, *where, **more) if channels != _NONE else None
     return LayerPart(plan, rank, ranks, **parts)
+
+
+def _size(entry: ExpertEntry) -> int:
+    return entry.projections["gate"].shape[0]

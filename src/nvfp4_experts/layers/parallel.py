@@ -259,7 +259,7 @@ def parallelize(
         model: the same weights on every rank, or each rank's part of them, on the device where they will run; changed
             in place. It may itself be such a layer.
         group: as for `SummedOverRanks`.
-        plan: one of PLANS; see part.py. "dispatch" leaves shared experts whole.
+        plan: one of PLANS; HELD of part.py says what a rank holds. "dispatch" leaves shared experts whole.
         combine: of "dispatch"; see `DispatchedOverRanks`.
         chunk_tokens, direct: of the others; see `SummedOverRanks`.
 

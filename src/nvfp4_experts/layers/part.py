@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one rank holds of an expert layer under a plan, before the ranks are brought together.
-
-    plan        routed experts    the shared one
-    "tp"        a shard           a shard
-    "ep"        a share           a shard
-    "dispatch"  a share           the whole
+"""What one rank holds of an expert layer under a plan (HELD, below), before the ranks are brought together.
 
 Shards and shares: shards.py. `parallelize` makes a part of each whole layer it finds; `checkpoints.load_part` reads one
 from disk, and nothing beside it.
@@ -24,14 +19,17 @@ from .routed_experts import Nvfp4RoutedExperts
 from .shards import experts_of, shard_of, share_of
 from .shared_expert import Nvfp4SharedExpert
 
-PLANS = ("tp", "ep", "dispatch")
+# What a rank holds: of the routed experts, and of the shared one. A shared expert that is kept as it is stored has no
+# shards: where others are sharded, the first rank has it, whole.
+HELD = {"tp": ("shard", "shard"), "ep": ("share", "shard"), "dispatch": ("share", "whole")}
+PLANS = tuple(HELD)
 
 
 class LayerPart(nn.Module):
     """A rank's part of a layer: it holds weights, and cannot be called until `parallelize` has put it to work.
 
     Args:
-        plan: one of PLANS.
+        plan: one of HELD.
         rank, ranks: whose part it is.
         routed, shared: what the rank holds; None where it has nothing.
         router: of a whole block, or None.
@@ -74,7 +72,7 @@ def part_of(layer: Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE, plan: str,
 
     Args:
         layer: with the same weights on every rank; not a lone shared expert under "dispatch", which stays whole.
-        plan: one of PLANS.
+        plan: one of HELD.
         rank, ranks: whose part.
 
     Raises:
@@ -86,13 +84,13 @@ def part_of(layer: Nvfp4SharedExpert | Nvfp4RoutedExperts | Nvfp4MoE, plan: str,
     if isinstance(layer, Nvfp4MoE):
         parts = {"router": layer.router, "routed": layer.routed, "shared": layer.shared}
     shared, routed = parts.get("shared"), parts.get("routed")
-    if plan != "dispatch" and isinstance(shared, KeptSharedExpert):
-        parts["shared"] = shared if rank == 0 else None  # it has no shards
-    elif plan != "dispatch" and shared is not None:
-        parts["shared"] = shard_of(shared, rank, ranks)
-    if routed is not None and plan == "tp":
+    of_routed, of_shared = HELD[plan]
+    if routed is not None and of_routed == "shard":
         parts["routed"] = shard_of(routed, rank, ranks)
     elif routed is not None:
         parts["routed"] = share_of(routed, rank, ranks)
         parts["first_expert"] = experts_of(rank, ranks, routed.num_experts).start
+    if shared is not None and of_shared == "shard":
+        is_kept = isinstance(shared, KeptSharedExpert)
+        parts["shared"] = (shared if rank == 0 else None) if is_kept else shard_of(shared, rank, ranks)
     return LayerPart(plan, rank, ranks, **parts)
